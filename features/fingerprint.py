@@ -1,0 +1,254 @@
+"""A fingerprint is what is kept of one checkpoint after one pass over its weights and the probes.
+
+No torch here: `simmerge.features.extract.make_fingerprint` makes fingerprints, this module holds, saves
+and reads them. Letters: `g` layer groups, `c` tensor classes, `l` layers (embedding output first), `n`
+probe positions.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from simmerge.errors import FingerprintError
+from simmerge.files import write_atomic
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "simmerge_fingerprint"
+
+Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
+Integers = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Structure:
+    """What is kept of the weights; task vector = checkpoint - base, zero for the base itself.
+
+    Attributes:
+        groups: names of the layer groups in order: 'embed', blocks by number, 'norm', 'head', 'other'.
+        seed: seed of the sketch and the sample.
+        counts: number of coordinates by group and tensor class, shape `(g, c)`.
+        base_sq: squared norms of the base's weights, shape `(g, c)`.
+        weight_sq: squared norms of the checkpoint's weights, shape `(g, c)`.
+        base_inner: inner products of base and task vector, shape `(g, c)`.
+        task_sq: squared norms of the task vector, shape `(g, c)`.
+        sketch: CountSketch of the task vector by group, shape `(g, 1024)`.
+        class_sketch: the same by tensor class, shape `(c, 1024)`.
+        sample: task vector at 2,048 hashed positions of each group, shape `(g, 2048)`; zeros follow where
+            a group has fewer.
+        stable_rank: mean over the group's matrices of the task vector's stable rank, shape `(g,)`; NaN
+            where there is none.
+    """
+
+    groups: tuple[str, ...]
+    seed: int
+    counts: npt.NDArray[np.int64]
+    base_sq: Floats
+    weight_sq: Floats
+    base_inner: Floats
+    task_sq: Floats
+    sketch: Floats
+    class_sketch: Floats
+    sample: Floats
+    stable_rank: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Behaviour:
+    """What is kept of the model's answers to the probes.
+
+    `p` next-token positions are chosen evenly over all probes, `o` outcomes are the true next token
+    (column 0), the base's most probable other tokens, and all remaining tokens lumped together (last).
+
+    Attributes:
+        tokens: digest of the probes' token ids.
+        cut: number of probes that were cut at the token limit.
+        domains: one word per probe, or empty.
+        probe_loss: mean next-token loss of each probe, nats per token.
+        probe_tokens: number of predicted tokens of each probe.
+        probe_bytes: UTF-8 bytes of each probe.
+        position_probe: index of the probe of each next-token position, shape `(p,)`.
+        support: token ids of the outcomes but the last, shape `(p, o - 1)`; kept by the base only, `(0, 0)`
+            in all others.
+        support_digest: digest of the support that `log_probs` are on.
+        log_probs: natural logarithms of the outcomes' probabilities, shape `(p, o)`.
+        top1: most probable next token, shape `(p,)`.
+        gram: `measures.gram_vector` of the hidden states at `n` positions by layer, shape `(l, n(n+1)/2)`.
+        hidden: hidden states at the same positions, each scaled to norm 1 and projected to at most 64
+            numbers, shape `(l, n, 64)`.
+        attention: attention rows of 24 queries by layer and head, compressed to 96 numbers, shape
+            `(attention layers, heads, 96)`; the first axis is empty where the model gives none.
+    """
+
+    tokens: str
+    cut: int
+    domains: tuple[str, ...]
+    probe_loss: Floats
+    probe_tokens: Integers
+    probe_bytes: Integers
+    position_probe: Integers
+    support: Integers
+    support_digest: str
+    log_probs: Floats
+    top1: Integers
+    gram: Floats
+    hidden: Halves
+    attention: Halves
+
+    @property
+    def loss(self) -> float:
+        """Mean next-token loss over all probe tokens, nats per token."""
+        tokens = self.probe_tokens.astype(np.float64)
+        return float(np.sum(self.probe_loss * tokens) / np.sum(tokens))
+
+    @property
+    def bits_per_byte(self) -> npt.NDArray[np.float64]:
+        """Loss of each probe in bits per UTF-8 byte of its text, shape `(probes,)`."""
+        nats = self.probe_loss.astype(np.float64) * self.probe_tokens
+        return nats / (math.log(2.0) * self.probe_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fingerprint:
+    """One checkpoint on one probe set.
+
+    Attributes:
+        checkpoint: digest of the checkpoint's weights.
+        base: digest of the base's weights; None if this is the base.
+        probes: digest of the probe set.
+        structure: weights.
+        behaviour: answers to the probes.
+    """
+
+    checkpoint: str
+    base: str | None
+    probes: str
+    structure: Structure
+    behaviour: Behaviour
+
+
+def require_comparable(a: Fingerprint, b: Fingerprint) -> None:
+    """Check that measures of the two make sense.
+
+    Raises:
+        FingerprintError: base, probes, tokens, support, layer groups or seed differ.
+    """
+    facts: tuple[tuple[str, object, object], ...] = (
+        ("base", a.base or a.checkpoint, b.base or b.checkpoint),
+        ("probe set", a.probes, b.probes),
+        ("tokenization of the probes", a.behaviour.tokens, b.behaviour.tokens),
+        ("support of next tokens", a.behaviour.support_digest, b.behaviour.support_digest),
+        ("layer groups", a.structure.groups, b.structure.groups),
+        ("seed", a.structure.seed, b.structure.seed),
+        ("number of layers and positions", a.behaviour.gram.shape, b.behaviour.gram.shape),
+    )
+    for what, first, second in facts:
+        if first != second:
+            raise FingerprintError(
+                f"fingerprints of {a.checkpoint[:16]} and {b.checkpoint[:16]} cannot be compared: {what} "
+                f"differs ({first} and {second}); fingerprint both against one base, on the same probes"
+            )
+
+
+def to_bytes(fingerprint: Fingerprint) -> bytes:
+    """The fingerprint as one safetensors file; equal fingerprints give equal bytes."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    facts: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "checkpoint": fingerprint.checkpoint,
+        "base": fingerprint.base,
+        "probes": fingerprint.probes,
+    }
+    for part in ("structure", "behaviour"):
+        facts[part] = {}
+        held = getattr(fingerprint, part)
+        for item in fields(held):
+            value = getattr(held, item.name)
+            if isinstance(value, np.ndarray):
+                arrays[f"{part}.{item.name}"] = np.ascontiguousarray(value)  # pyright: ignore[reportUnknownArgumentType] # any dtype
+            else:
+                facts[part][item.name] = value
+    facts["sha256"] = _content_digest(arrays, facts)
+    # One key only: safetensors writes several in an order that changes from run to run.
+    return save(arrays, metadata={_METADATA_KEY: json.dumps(facts, sort_keys=True)})
+
+
+def save_fingerprint(fingerprint: Fingerprint, path: Path | str) -> None:
+    """Write a fingerprint as one safetensors file, whole or not at all; its folder must exist.
+
+    Raises:
+        WorkspaceError: the disk is full, or the folder cannot be written.
+    """
+    write_atomic(path, to_bytes(fingerprint))
+
+
+def load_fingerprint(path: Path | str) -> Fingerprint:
+    """Read a fingerprint and check it against the digest that it carries.
+
+    Raises:
+        FingerprintError: the file is missing, cut short, changed, no fingerprint, or of a newer version;
+            a fingerprint can always be made again from its checkpoint.
+    """
+    file = Path(path)
+    again = "delete the file and run 'simmerge fingerprint' again"
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            metadata = cast("dict[str, str]", handle.metadata() or {})
+            if _METADATA_KEY not in metadata:
+                raise FingerprintError(f"'{file}' is no fingerprint of SimMerge; {again}")
+            facts = cast("dict[str, Any]", json.loads(metadata[_METADATA_KEY]))
+            if facts["version"] != FORMAT_VERSION:
+                raise FingerprintError(
+                    f"fingerprint '{file}' has format {facts['version']}, "
+                    f"this version reads {FORMAT_VERSION}; {again}"
+                )
+            arrays = {
+                str(key): cast("npt.NDArray[Any]", handle.get_tensor(key)) for key in sorted(handle.keys())
+            }
+        found = facts.pop("sha256")
+        if found != _content_digest(arrays, facts):
+            raise FingerprintError(
+                f"fingerprint '{file}' does not match its own digest: it was changed; {again}"
+            )
+        return _assembled(facts, arrays)
+    except FileNotFoundError as error:
+        raise FingerprintError(f"there is no fingerprint at '{file}'; run 'simmerge fingerprint'") from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FingerprintError(f"fingerprint '{file}' is damaged ({error}); {again}") from error
+
+
+def _assembled(facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> Fingerprint:
+    parts: dict[str, dict[str, Any]] = {}
+    for part in ("structure", "behaviour"):
+        # JSON has no tuples: names and domains come back as lists.
+        values = {
+            k: tuple(cast("list[str]", v)) if isinstance(v, list) else v for k, v in facts[part].items()
+        }
+        prefix = f"{part}."
+        parts[part] = values | {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    return Fingerprint(
+        checkpoint=facts["checkpoint"],
+        base=facts["base"],
+        probes=facts["probes"],
+        structure=Structure(**parts["structure"]),
+        behaviour=Behaviour(**parts["behaviour"]),
+    )
+
+
+def _content_digest(arrays: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        # Little-endian on every machine, as in the file.
+        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()

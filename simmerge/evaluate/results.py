@@ -1,0 +1,79 @@
+"""From an item's metrics to a score with its error."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from simmerge.errors import EvaluationError
+from simmerge.evaluate.statistics import standard_error, weighted_mean
+from simmerge.evaluate.tasks import Task
+from simmerge.types import ItemResult, Score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The score's metric on one item: `value` in the metric's own direction, and its weight in the mean."""
+
+    item: str
+    value: float
+    weight: float = 1.0
+    extra: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+def score_of(
+    task: Task, split: str, measured: Sequence[Measured], *, seconds: float, extra: Mapping[str, float]
+) -> Score:
+    """The score of a split: sign · weighted mean of the metric over items.
+
+    Args:
+        task: gives name and sign.
+        split: name of the split.
+        measured: at least one item, in the task's order.
+        seconds: cost of the evaluation.
+        extra: further metrics of the split.
+
+    Raises:
+        EvaluationError: a value that is not finite, or no items.
+    """
+    if not measured:
+        raise EvaluationError(f"split '{split}' of task '{task.name}' has no items in the range asked for")
+    for item in measured:
+        if not math.isfinite(item.value):
+            raise EvaluationError(
+                f"task '{task.name}', item '{item.item}': {task.score_metric} is {item.value}; the model's "
+                "outputs are not finite, so its weights are damaged or overflow their dtype"
+            )
+    values = [task.sign * item.value for item in measured]
+    weights = [item.weight for item in measured]
+    return Score(
+        task=task.name,
+        split=split,
+        value=weighted_mean(values, weights),
+        stderr=standard_error(values, weights),
+        items=len(measured),
+        seconds=seconds,
+        extra=dict(extra),
+        per_item=tuple(
+            ItemResult(item=m.item, value=v, weight=m.weight, extra=m.extra)
+            for m, v in zip(measured, values, strict=True)
+        ),
+    )
+
+
+def choice_nll(loglikelihoods: Sequence[float], gold: int) -> float:
+    """Minus the log-probability of choice `gold` when the choices alone share the probability, nats, >= 0."""
+    values = np.asarray(loglikelihoods, dtype=np.float64)
+    shifted = values - values.max()
+    return float(math.log(float(np.sum(np.exp(shifted)))) - shifted[gold])
+
+
+def mean_extras(measured: Sequence[Measured]) -> dict[str, float]:
+    """Plain means over items of what every item has in `extra`, by name."""
+    names = (
+        [name for name in measured[0].extra if all(name in item.extra for item in measured)]
+        if measured
+        else []
+    )
+    return {name: weighted_mean([item.extra[name] for item in measured]) for name in names}

@@ -1,0 +1,267 @@
+"""Log-likelihoods of token sequences under a causal model, in few and full batches.
+
+A plan is made once for a list of requests and is used for every candidate, so that a candidate costs its
+forward passes and little else.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from simmerge.errors import EvaluationError
+
+# Rows of logits that are normalised at once: 2**22 floats (16 MiB) stay near the processor's cache.
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRequest:
+    """Ask for the log-likelihood of `continuation` after `context`; both are token ids, neither is empty.
+
+    `label` says in messages whose request it is.
+    """
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One forward pass, and the places of its output that are needed.
+
+    Attributes:
+        tokens: ids, shape `(rows, width)`, padded with 0 on the right.
+        row: row of every needed place, shape `(places,)`.
+        column: its column; the logits there predict the next token.
+        target: token whose log-likelihood is asked for there.
+        starts: first place of each request's run of places, shape `(requests,)`.
+        owners: index of each of these requests.
+        used: number of tokens that are not padding.
+    """
+
+    tokens: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    target: torch.Tensor
+    starts: NDArray[np.int64]
+    owners: NDArray[np.int64]
+    used: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Batches for a list of requests.
+
+    Attributes:
+        batches: longest first.
+        requests: number of requests.
+        truncated: whether a request's context was cut to fit, shape `(requests,)`.
+        tokens: tokens that each request costs, shape `(requests,)`; shared ones are counted for each.
+    """
+
+    batches: tuple[Batch, ...]
+    requests: int
+    truncated: NDArray[np.bool_]
+    tokens: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Answers by request.
+
+    Attributes:
+        loglikelihood: sum over the continuation, nats, float64, shape `(requests,)`.
+        greedy: whether every token of the continuation is the model's first choice, same shape.
+    """
+
+    loglikelihood: NDArray[np.float64]
+    greedy: NDArray[np.bool_]
+
+
+def plan(requests: Sequence[TokenRequest], *, max_length: int, batch_tokens: int) -> Plan:
+    """Arrange requests into batches sorted by length.
+
+    The model's input is context and continuation without the last token, cut on the left to
+    `max_length`. A request whose input begins another's is answered by that one's pass, since a causal
+    model cannot see what follows: choices of one token after the same context cost one pass together.
+
+    Args:
+        requests: in any order.
+        max_length: most tokens that the model takes.
+        batch_tokens: most tokens, padding included, of a batch of more than one row.
+
+    Raises:
+        EvaluationError: an empty context or continuation, or a continuation longer than `max_length`.
+    """
+    inputs: list[tuple[int, ...]] = []
+    for request in requests:
+        _check(request, max_length)
+        inputs.append((request.context + request.continuation)[-(max_length + 1) :][:-1])
+    truncated = [len(r.context) + len(r.continuation) > max_length + 1 for r in requests]
+    hosts = _hosts(inputs)
+    order = sorted(dict.fromkeys(hosts), key=lambda i: (-len(inputs[i]), inputs[i], i))
+    guests: dict[int, list[int]] = {host: [] for host in order}
+    for index, host in enumerate(hosts):
+        guests[host].append(index)
+    batches: list[Batch] = []
+    start = 0
+    while start < len(order):
+        width = len(inputs[order[start]])
+        rows = order[start : start + max(1, batch_tokens // width)]
+        batches.append(_batch(rows, inputs, guests, requests))
+        start += len(rows)
+    return Plan(
+        batches=tuple(batches),
+        requests=len(requests),
+        truncated=np.array(truncated, dtype=np.bool_),
+        tokens=np.array([len(tokens) for tokens in inputs], dtype=np.int64),
+    )
+
+
+def run(model: Any, planned: Plan, *, greedy: bool = True) -> Scored:
+    """Answer a plan's requests with a live model; its mode and its gradients are left as they were.
+
+    Logits are normalised in float32 and summed in float64, request by request in the order of its
+    tokens; what else is asked changes an answer only by the rounding of the forward pass.
+
+    Args:
+        model: a causal language model of transformers on any device.
+        planned: from `plan`, with a `max_length` that the model takes.
+        greedy: whether `Scored.greedy` is wanted; otherwise it is all False.
+    """
+    total = np.zeros(planned.requests, dtype=np.float64)
+    first = np.zeros(planned.requests, dtype=np.bool_)
+    with evaluating(model):
+        for batch in planned.batches:
+            logits = _needed_logits(model, batch)
+            values, best = _gathered(logits, batch.target.to(logits.device), greedy)
+            total[batch.owners] = np.add.reduceat(values, batch.starts)
+            if greedy:
+                first[batch.owners] = np.logical_and.reduceat(best, batch.starts)
+    return Scored(loglikelihood=total, greedy=first)
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Generator[None]:
+    """No gradients and no dropout; each module's mode is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True  # train() would switch its children too
+
+
+def _check(request: TokenRequest, max_length: int) -> None:
+    if not request.context or not request.continuation:
+        raise EvaluationError(
+            f"{request.label}: must have a context and a continuation of at least one token each, "
+            f"got {len(request.context)} and {len(request.continuation)}"
+        )
+    if len(request.continuation) > max_length:
+        raise EvaluationError(
+            f"{request.label}: the answer has {len(request.continuation)} tokens, the model takes {max_length}; "
+            "shorten the item or use a model with a longer context"
+        )
+
+
+def _hosts(inputs: Sequence[tuple[int, ...]]) -> list[int]:
+    """For each input the index of one that begins with it: itself, unless it begins another."""
+    hosts = list(range(len(inputs)))
+    # In the order of tuples everything that begins with x follows x at once, so the next one tells.
+    order = sorted(range(len(inputs)), key=lambda i: (inputs[i], -i))
+    for position in range(len(order) - 2, -1, -1):
+        here, following = order[position], order[position + 1]
+        if inputs[following][: len(inputs[here])] == inputs[here]:
+            hosts[here] = hosts[following]
+    return hosts
+
+
+def _batch(
+    rows: Sequence[int],
+    inputs: Sequence[tuple[int, ...]],
+    guests: dict[int, list[int]],
+    requests: Sequence[TokenRequest],
+) -> Batch:
+    width = max(len(inputs[i]) for i in rows)
+    tokens = np.zeros((len(rows), width), dtype=np.int64)
+    row: list[int] = []
+    column: list[int] = []
+    target: list[int] = []
+    starts: list[int] = []
+    owners: list[int] = []
+    for r, host in enumerate(rows):
+        tokens[r, : len(inputs[host])] = inputs[host]
+        for index in guests[host]:
+            continuation = requests[index].continuation
+            end = len(inputs[index])
+            starts.append(len(row))
+            owners.append(index)
+            row += [r] * len(continuation)
+            column += range(end - len(continuation), end)
+            target += continuation
+    return Batch(
+        tokens=torch.as_tensor(tokens),
+        row=torch.tensor(row),
+        column=torch.tensor(column),
+        target=torch.tensor(target),
+        starts=np.array(starts, dtype=np.int64),
+        owners=np.array(owners, dtype=np.int64),
+        used=sum(len(inputs[i]) for i in rows),
+    )
+
+
+def _needed_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Logits at the needed places, shape `(places, vocabulary)`.
+
+    The model's head is asked for these places only: with short answers after long contexts the head is
+    most of a small model's work.
+    """
+    tokens = batch.tokens.to(model.device)
+    row, column = batch.row.to(tokens.device), batch.column.to(tokens.device)
+
+    def keep(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = arguments[0] if arguments else None
+        if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 and hidden.shape[:2] == tokens.shape:
+            return (hidden[row, column], *arguments[1:])
+        return None
+
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(keep) if isinstance(head, torch.nn.Module) else None
+    try:
+        # Padding stands on the right and nothing before it can see it, so that no mask is needed.
+        logits = cast(torch.Tensor, model(input_ids=tokens, **_without_cache(model)).logits)
+    finally:
+        if hook is not None:
+            hook.remove()
+    return logits if logits.dim() == 2 else logits[row, column]
+
+
+def _without_cache(model: Any) -> dict[str, bool]:
+    accepted = inspect.signature(model.forward).parameters
+    return {"use_cache": False} if "use_cache" in accepted else {}
+
+
+def _gathered(
+    logits: torch.Tensor, target: torch.Tensor, greedy: bool
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Log-probability of each target, and whether it is the first choice; both of shape `(places,)`."""
+    values: list[NDArray[np.float64]] = []
+    best: list[NDArray[np.bool_]] = []
+    block = max(1, _BLOCK // logits.shape[1])
+    for start in range(0, len(target), block):
+        part, wanted = logits[start : start + block], target[start : start + block]
+        normal = torch.log_softmax(part, dim=-1, dtype=torch.float32)
+        values.append(normal.gather(1, wanted.unsqueeze(1)).squeeze(1).double().cpu().numpy())
+        if greedy:
+            best.append((normal.argmax(dim=-1) == wanted).cpu().numpy())
+    return np.concatenate(values), np.concatenate(best) if greedy else np.zeros(0, dtype=np.bool_)

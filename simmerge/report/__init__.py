@@ -1,0 +1,10 @@
+"""Report: the evidence of one search as frozen data, and its views: an HTML page, a model card, a terminal.
+
+Public names live in the modules, so that the command line can print a table without loading plotly:
+
+- `simmerge.report.data`: `ReportData` and its parts, `to_json`, `from_json`
+- `simmerge.report.page`: `render`, `write_report`
+- `simmerge.report.card`: `model_card`, `Evidence`, `evidence_of`
+- `simmerge.report.console`: `RankingTable`, `BaselineTable`, `SpendTable`, `AnswerPanel`
+- `simmerge.report.text`: how numbers, intervals and durations are written
+"""

@@ -1,0 +1,1 @@
+"""Help for the tests of SimMerge and of its plug-ins: small real checkpoints, contract tests."""

@@ -1,0 +1,23 @@
+"""A surrogate predicts the score of a merge from features of its recipe, with an interval that holds.
+
+    rows        `TrainingRows`: measured (recipe, task) rows
+    folds       splits by checkpoint, by task, by operator; a guard against leakage
+    linear      ridge with missing indicators and screened products
+    trees       LightGBM with grouped early stopping
+    stack       out-of-fold predictions, blending, and the comparison that chooses
+    conformal   intervals from out-of-fold residuals
+    reach       which rows lie outside the training range
+    fit         `fit_surrogate` -> `FittedSurrogate`
+    store       `save_surrogate`, `load_surrogate`
+    explain     contributions, reasons, importances
+    metrics     rank correlation, NDCG, regret, coverage
+    baselines   what every result is compared with
+    compare     one table of metrics for many methods on the same folds
+
+Import the modules: nothing is imported here, so that the command line starts without LightGBM.
+"""
+
+if __name__ != "simmerge.surrogate":
+    raise ImportError(
+        f"import simmerge.surrogate, not {__name__}: this folder is a part of the simmerge package"
+    )
