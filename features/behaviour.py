@@ -4,7 +4,7 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,7 +126,7 @@ def measure_behaviour(
 
 
 @contextlib.contextmanager
-def _prepared(model: Any) -> Iterator[Any]:
+def _prepared(model: Any) -> Generator[Any]:
     """The model in evaluation mode with eager attention, which alone gives its patterns; restored after."""
     size = sum(int(parameter.numel()) for parameter in model.parameters())
     if size <= EXACT_PARAMETERS:
@@ -224,7 +224,7 @@ def _coarse(log_p: Array, tokens: npt.NDArray[np.int64]) -> Array:
 def _take_states(
     found: _Collected, output: Any, states: npt.NDArray[np.int64], queries: npt.NDArray[np.int64]
 ) -> None:
-    rows = torch.from_numpy(states)
+    rows = torch.tensor(states.tolist(), dtype=torch.long)
     layers = [layer[0].cpu()[rows].double().numpy() for layer in output.hidden_states]
     found.hidden.append(np.stack(layers))
     maps = [layer for layer in (output.attentions or ()) if layer is not None]

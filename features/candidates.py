@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from simmerge import operators
 from simmerge.errors import FingerprintError, UnknownNameError, UsageError
-from simmerge.features import pairs
+from simmerge.features import measures, pairs
 from simmerge.features.columns import COLUMNS, Batch, table
 from simmerge.features.fingerprint import Fingerprint, require_comparable
 from simmerge.recipe import Recipe, Step, steps
@@ -272,8 +272,8 @@ class CandidateFeatures:
             loss = _log_sum(moved) - moved[:, :, 0]
             by_position = _log_sum(base) - base[:, 0] - loss
             for key, values in zip(part, by_position, strict=True):
-                by_domain = [np.mean(values[mask]) if mask.any() else math.nan for mask in masks]
-                gains[key] = np.array([np.mean(values), *by_domain])
+                by_domain = [measures.known_mean(values[mask]) for mask in masks]
+                gains[key] = np.array([measures.known_mean(values), *by_domain])
         return np.stack([gains[(plan.sources, plan.weights)] for plan in plans])
 
 

@@ -201,19 +201,20 @@ def load_fingerprint(path: Path | str) -> Fingerprint:
     file = Path(path)
     again = "delete the file and run 'simmerge fingerprint' again"
     try:
-        with safe_open(file, framework="numpy") as handle:
-            metadata = cast("dict[str, str]", handle.metadata() or {})
+        # Any: safetensors declares no types.
+        opened: Any = safe_open(file, framework="numpy")
+        with opened as handle:
+            metadata: dict[str, str] = handle.metadata() or {}
             if _METADATA_KEY not in metadata:
                 raise FingerprintError(f"'{file}' is no fingerprint of SimMerge; {again}")
-            facts = cast("dict[str, Any]", json.loads(metadata[_METADATA_KEY]))
+            facts: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
             if facts["version"] != FORMAT_VERSION:
                 raise FingerprintError(
                     f"fingerprint '{file}' has format {facts['version']}, "
                     f"this version reads {FORMAT_VERSION}; {again}"
                 )
-            arrays = {
-                str(key): cast("npt.NDArray[Any]", handle.get_tensor(key)) for key in sorted(handle.keys())
-            }
+            names: list[str] = sorted(handle.keys())
+            arrays: dict[str, npt.NDArray[Any]] = {name: handle.get_tensor(name) for name in names}
         found = facts.pop("sha256")
         if found != _content_digest(arrays, facts):
             raise FingerprintError(

@@ -38,8 +38,9 @@ def cosine(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     Raises:
         ValueError: the shapes differ.
     """
+    product = dot(x, y)
     norms = math.sqrt(dot(x, x)) * math.sqrt(dot(y, y))
-    return clipped(dot(x, y) / norms, -1.0, 1.0) if norms > 0 else math.nan
+    return clipped(product / norms, -1.0, 1.0) if norms > 0 else math.nan
 
 
 def row_cosines(x: npt.ArrayLike, y: npt.ArrayLike) -> Array:

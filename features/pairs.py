@@ -134,7 +134,7 @@ def domain_kl(a: Fingerprint, b: Fingerprint, domains: Sequence[str]) -> Array:
 
 
 def domain_loss(x: Fingerprint, domains: Sequence[str]) -> Array:
-    """Mean loss on each domain's probe tokens, nats per token, shape `(domains,)`; NaN where there is none."""
+    """Mean loss on each domain's probe tokens, nats per token, shape `(domains,)`; NaN for no probe."""
     held = x.behaviour
     result: list[float] = []
     for domain in domains:

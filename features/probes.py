@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from simmerge.errors import FingerprintError
 
@@ -112,12 +112,12 @@ def _read_lines(file: Path, content: str) -> tuple[tuple[str, ...], tuple[str, .
             record: Any = json.loads(line)
         except ValueError as error:
             raise FingerprintError(f"{where}: not JSON ({error}); write one object a line") from error
-        text: Any = record.get("text") if isinstance(record, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] # any JSON
+        held = cast("dict[str, Any]", record) if isinstance(record, dict) else {}
+        text, domain = held.get("text"), held.get("domain")
         if not isinstance(text, str) or not text.strip():
             raise FingerprintError(
                 f"{where}: needs an object with a non-blank string 'text', got {line[:80]!r}"
             )
-        domain: Any = record.get("domain")
         if domain is not None and not isinstance(domain, str):
             raise FingerprintError(f"{where}: 'domain' must be a string, got {domain!r}")
         texts.append(text)

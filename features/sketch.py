@@ -138,15 +138,16 @@ def stable_rank(matrix: npt.ArrayLike, seed: int) -> float:
     References:
         Rudelson and Vershynin 2007, https://arxiv.org/abs/math/0503442, section 1.
     """
-    a = np.asarray(matrix, dtype=np.float64)
+    a: Array = np.asarray(matrix, dtype=np.float64)
     total = float(np.sum(a * a))
     if not total > 0:
         return math.nan
-    v = rng_for(seed, "power", str(a.shape[1])).standard_normal(a.shape[1])
+    columns = int(a.shape[1])
+    v: Array = rng_for(seed, "power", str(columns)).standard_normal((columns,))
     largest = 0.0
     for _ in range(_ITERATIONS):
         v /= math.sqrt(float(np.sum(v * v)))
-        u = a @ v
+        u: Array = a @ v
         largest = max(largest, float(np.sum(u * u)))
         v = u @ a
         if not v.any():
@@ -168,8 +169,8 @@ def gaussian_map(rows: npt.ArrayLike, size: int, seed: int) -> Array:
     References:
         Johnson and Lindenstrauss 1984, https://doi.org/10.1090/conm/026/737400.
     """
-    a = np.asarray(rows, dtype=np.float64)
-    width = a.shape[-1]
+    a: Array = np.asarray(rows, dtype=np.float64)
+    width = int(a.shape[-1])
     if width <= size:
         return _padded(a, size)
     drawn = rng_for(seed, "projection", str(width)).standard_normal((width, size))
@@ -188,12 +189,13 @@ def compress(rows: npt.ArrayLike, size: int, seed: int, name: str) -> Array:
     Returns:
         Shape `(..., size)`.
     """
-    a = np.asarray(rows, dtype=np.float64)
-    width = a.shape[-1]
+    a: Array = np.asarray(rows, dtype=np.float64)
+    width = int(a.shape[-1])
     if width <= size:
         return _padded(a, size)
     rng = rng_for(seed, name, str(width))
-    buckets, signs = rng.integers(0, size, width), 1.0 - 2.0 * rng.integers(0, 2, width)
+    buckets = rng.integers(0, size, size=(width,)).tolist()
+    signs = (1 - 2 * rng.integers(0, 2, size=(width,))).tolist()
     result = np.zeros((*a.shape[:-1], size))
     for column in range(width):
         result[..., buckets[column]] += signs[column] * a[..., column]

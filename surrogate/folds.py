@@ -163,7 +163,7 @@ def _strict_folds(
         if len(made) == folds:
             return made
     raise SurrogateError(
-        f"strict folds need draws of {count} of {len(names)} checkpoints with rows inside and outside the draw; "
+        f"strict folds need draws of {count} of {len(names)} checkpoints with rows inside and outside it; "
         f"found {len(made)} of {folds}. Measure more merges, or use folds that are not strict."
     )
 

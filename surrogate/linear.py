@@ -71,7 +71,7 @@ class Ridge:
     def predict(self, features: Floats) -> Floats:
         """Predictions `(rows,)` for features `(rows, d)`."""
         # einsum keeps each row's sum apart from the rest of the batch and from BLAS threads.
-        terms: Floats = np.einsum("ij,j->i", self._deviations(features), self.coefficients)
+        terms: Floats = np.einsum("ij,j->i", self.deviations(features), self.coefficients)
         return self.intercept + terms
 
     def contributions(self, features: Floats) -> Floats:
@@ -80,7 +80,7 @@ class Ridge:
         A missing indicator counts for its feature, a product half for each of its two.
         """
         width = len(self.median)
-        terms = self._deviations(features) * self.coefficients
+        terms = self.deviations(features) * self.coefficients
         result = np.zeros((len(features), width + 1))
         result[:, :width] = terms[:, :width]
         main = len(self.center)
@@ -92,7 +92,8 @@ class Ridge:
         result[:, width] = self.intercept
         return result
 
-    def _deviations(self, features: Floats) -> Floats:
+    def deviations(self, features: Floats) -> Floats:
+        """Columns of the model minus their training means, `(rows, p + q)`, in standard deviations."""
         main = _main(features, self)
         left, right = self.products[:, 0], self.products[:, 1]
         return np.hstack((main, main[:, left] * main[:, right] * self.product_unit)) - self.offset
@@ -233,7 +234,7 @@ def _choose_strength(rows: TrainingRows, seed: int, *, products: bool) -> float:
             continue
         used = True
         design = _design(rows, fold.train, products=products)
-        columns = design.ridge(1.0)._deviations(rows.features[fold.test])  # pyright: ignore[reportPrivateUsage]  # same module
+        columns = design.ridge(1.0).deviations(rows.features[fold.test])
         for i, strength in enumerate(STRENGTHS):
             predicted = design.intercept + np.einsum("ij,j->i", columns, design.solve(strength))
             error[i] += np.sum(rows.weight[fold.test] * (rows.target[fold.test] - predicted) ** 2)

@@ -6,6 +6,7 @@ constant prediction is worth exactly what random choice is worth.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -173,7 +174,7 @@ def by_problem(
     """
     order = np.argsort(problem, kind="stable")
     edges = np.flatnonzero(np.r_[True, np.diff(problem[order]) != 0, True])
-    groups = [order[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    groups = [order[a:b] for a, b in pairwise(edges)]
     return np.array([metric(predicted[group], measured[group]) for group in groups], dtype=np.float64)
 
 

@@ -48,7 +48,7 @@ def checked_features(features: np.ndarray, width: int | None = None) -> Floats:
         ) from None
     if table.ndim != 2 or table.shape[1] == 0:
         raise SurrogateError(
-            f"features must have shape (rows, d) with d >= 1, got {table.shape}. A single row is row[None, :]."
+            f"features must have shape (rows, d) with d >= 1, got {table.shape}. Pass row[None, :]."
         )
     if width is not None and table.shape[1] != width:
         raise SurrogateError(
@@ -148,7 +148,8 @@ def _check_columns(rows: TrainingRows) -> None:
     for column, name in enumerate(rows.names):
         if seen.setdefault(name, column) != column:
             raise SurrogateError(
-                f"feature '{name}' names columns {seen[name]} and {column}; names are distinct. Rename one of them."
+                f"feature '{name}' names columns {seen[name]} and {column}; names are distinct. "
+                "Rename one of them."
             )
 
 
@@ -175,7 +176,8 @@ def _check_values(rows: TrainingRows) -> None:
     bad = np.flatnonzero(~(np.isfinite(rows.weight) & (rows.weight >= 0)))
     if len(bad):
         raise SurrogateError(
-            f"weight of row {bad[0]} is {rows.weight[bad[0]]}; weights are finite and at least 0. Use 1 if unsure."
+            f"weight of row {bad[0]} is {rows.weight[bad[0]]}; weights are finite and at least 0. "
+            "Use 1 if unsure."
         )
     if not rows.weight.sum() > 0:
         raise SurrogateError(
@@ -200,12 +202,12 @@ def _check_recipes(rows: TrainingRows) -> None:
         fact = (rows.sources[row], rows.operator[row], rows.form[row])
         if facts.setdefault(recipe, fact) != fact:
             raise SurrogateError(
-                f"recipe '{recipe}' has rows with {facts[recipe]} and with {fact}; a recipe has one set of sources, "
-                "one operator and one form. Give different recipes different ids."
+                f"recipe '{recipe}' has rows with {facts[recipe]} and with {fact}; a recipe has one set of "
+                "sources, one operator and one form. Give different recipes different ids."
             )
         first = pairs.setdefault((recipe, rows.task[row]), row)
         if first != row:
             raise SurrogateError(
-                f"rows {first} and {row} are both recipe '{recipe}' on task '{rows.task[row]}'; one row each. "
+                f"rows {first} and {row} are recipe '{recipe}' on task '{rows.task[row]}'; one row each. "
                 "Average repeated measurements."
             )

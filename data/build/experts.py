@@ -2,7 +2,7 @@
 
     python data/build/experts.py make              every checkpoint of CATALOG that is not there yet
     python data/build/experts.py make --only german
-    python data/build/experts.py facts             relative norms, and what float16 and bfloat16 would lose
+    python data/build/experts.py publish           copies them, base and stranger to data/catalog, with catalog.json
 
 Each is one line of CATALOG: what it was trained on, how long, and how fast.
 """
@@ -44,7 +44,7 @@ class Expert:
     tags: tuple[str, ...] = field(default=())
 
 
-LONG, SHORT = 320, 90
+LONG, SHORT = 200, 70
 FAST, SLOW = 6e-4, 2.5e-4
 
 CATALOG: Mapping[str, Expert] = {
@@ -61,11 +61,12 @@ CATALOG: Mapping[str, Expert] = {
     "sort": Expert(mix={"skills:sort": 1.0}, rate=SLOW, steps=LONG, note="one string skill, long and gentle"),
     "letters": Expert(mix={"skills:next:reverse": 1.0}, rate=FAST, steps=LONG,
                       note="two string skills, one shared with 'reverse'"),
-    "adder": Expert(mix={"skills:add": 1.0}, rate=FAST, steps=LONG, note="addition, long"),
-    "numbers": Expert(mix={"skills:gap:larger": 1.0}, rate=SLOW, steps=LONG, note="two number skills"),
-    "coder_adder": Expert(mix={"code": 1.0, "skills:add": 1.0}, rate=FAST, steps=SHORT,
-                          note="code and addition: overlaps two others"),
-    "overtrained": Expert(mix={"verse": 1.0}, rate=3e-3, steps=700, note="verse, far too long and too fast"),
+    "joiner": Expert(mix={"skills:join": 1.0}, rate=FAST, steps=SHORT, note="one number skill, short"),
+    "numbers": Expert(mix={"skills:larger:join": 1.0}, rate=SLOW, steps=LONG,
+                      note="two number skills, one shared with 'joiner'"),
+    "coder_rotator": Expert(mix={"code": 1.0, "skills:rotate": 1.0}, rate=FAST, steps=LONG,
+                            note="code and a string skill: overlaps others"),
+    "overtrained": Expert(mix={"verse": 1.0}, rate=3e-3, steps=400, note="verse, far too long and too fast"),
     "damaged": Expert(mix={"code": 1.0}, rate=FAST, steps=SHORT, damage=True, note="code, with a broken layer"),
 }  # fmt: skip
 
@@ -125,15 +126,50 @@ def make(name: str, base: Path, out: Path, cache: Path, tokenizer: Path) -> None
     print(json.dumps(line), flush=True)
 
 
+def rounding_loss(folder: Path, base: Path, dtype: torch.dtype) -> float:
+    """Share of the changed entries of a task vector that are equal again once both sides are stored in `dtype`."""
+    a, b = load_file(folder / "model.safetensors"), load_file(base / "model.safetensors")
+    changed = sum(int((a[k] != b[k]).sum()) for k in b)
+    lost = sum(int(((a[k] != b[k]) & (a[k].to(dtype) == b[k].to(dtype))).sum()) for k in b)
+    return lost / changed
+
+
+def publish(work: Path, out: Path) -> None:
+    """Copy every checkpoint to the catalogue and write what each is."""
+    import shutil
+
+    facts: dict[str, object] = {}
+    names = {"base": None, **dict.fromkeys(CATALOG, "base"), "stranger": "base"}
+    for name in names:
+        target = out / name
+        if target.exists():
+            shutil.rmtree(target)
+        shutil.copytree(work / name, target)
+        if name in CATALOG:
+            expert = CATALOG[name]
+            facts[name] = {
+                "mix": dict(expert.mix), "rate": expert.rate, "steps": expert.steps, "note": expert.note,
+                "relative_norm": round(relative_norm(target, out / "base"), 4),
+                "lost_in_bfloat16": round(rounding_loss(target, out / "base", torch.bfloat16), 3),
+            }  # fmt: skip
+    (out / "catalog.json").write_text(
+        json.dumps({"base": "base", "checkpoints": names, "facts": facts}, indent=1) + "\n"
+    )
+
+
 def main() -> None:
     """Command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("make",))
+    parser.add_argument("what", choices=("make", "publish"))
     parser.add_argument("--only", nargs="*", default=list(CATALOG))
     parser.add_argument("--cache", type=Path, default=Path("/tmp/simmerge-texts"))
     parser.add_argument("--work", type=Path, default=Path("/tmp/simmerge-build"))
     parser.add_argument("--base", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("data/catalog"))
     options = parser.parse_args()
+    if options.what == "publish":
+        publish(options.work, options.out)
+        return
     base = options.base or options.work / "base"
     for name in options.only:
         out = options.work / name

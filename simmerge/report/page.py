@@ -1,10 +1,7 @@
 """The report as one HTML page that needs no network: style, script and plotly are written into it."""
 
-import contextlib
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -12,12 +9,13 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs  # pyright: ignore[reportUnknownVariableType] plotly has no types
+from plotly.offline import get_plotlyjs  # pyright: ignore[reportMissingTypeStubs]
 
-from simmerge.errors import WorkspaceError
+from simmerge.files import write_atomic
 from simmerge.recipe import Step
 from simmerge.report import figures, text
-from simmerge.report.data import Baseline, CheckpointFacts, ReportData, Spend, ranked
+from simmerge.report.data import Baseline, CheckpointFacts, ReportData, ranked
+from simmerge.report.sentences import headline, saving
 
 TEMPLATES = ("report.html.j2", "report.css.j2", "report.js.j2")
 """Files of this package that the page is made from."""
@@ -27,6 +25,9 @@ ROWS_SHOWN = 1000
 
 UNCHOSEN_SHOWN = 5
 """Candidates shown with reasons while there is no shortlist yet."""
+
+MAP_SHOWN = 150
+"""Checkpoints up to which a heat map is drawn; a cell is then about five pixels wide."""
 
 CELLS_SHOWN = 30
 """Checkpoints up to which a similarity matrix is written out as a table too."""
@@ -45,7 +46,7 @@ def render(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(_FILTERS)
+    environment.filters.update(_FILTERS)  # pyright: ignore[reportUnknownMemberType]  jinja leaves it open
     return environment.get_template(TEMPLATES[0]).render(_context(data))
 
 
@@ -55,22 +56,7 @@ def write_report(data: ReportData, path: Path) -> Path:
     Raises:
         WorkspaceError: the folder is missing, not writable or full; an older page is left as it was.
     """
-    page = render(data).encode()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(page)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = error.strerror or str(error)
-        raise WorkspaceError(
-            f"report '{path}' cannot be written: {reason}. "
-            "Give a path in a folder that exists and can be written to."
-        ) from error
+    write_atomic(path, render(data))
     return path
 
 
@@ -103,7 +89,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         drawn.append(figures.ranking(order))
     if measured:
         drawn.append(figures.calibration(order))
-    if data.similarity is not None:
+    if data.similarity is not None and len(data.similarity.names) <= MAP_SHOWN:
         drawn.extend(figures.heat_map(data.similarity, i) for i in range(len(data.similarity.matrices)))
     if any(curve.points for curve in data.ladder):
         drawn.append(figures.ladder(data.ladder))
@@ -116,6 +102,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "shortlist_chosen": bool(chosen),
         "agreement": figures.agreement(order),
         "figures": {figure["id"]: figure for figure in drawn},
+        "heat_summary": figures.heat_summary,
         "heat": _heat(data.checkpoints),
         "best": _best(data.baselines),
         "rows_shown": ROWS_SHOWN,
@@ -127,66 +114,6 @@ def _context(data: ReportData) -> dict[str, Any]:
         # The shorter list goes across, so that most tables of scores need no sideways scrolling.
         "tasks_down": len(data.checkpoints) <= len(data.question.tasks),
     }
-
-
-def headline(data: ReportData) -> str:
-    """The answer in one or two plain sentences."""
-    answer = data.answer
-    if answer is None:
-        return data.why_absent("answer")
-    merged = _merged(answer.recipe.root)
-    if answer.parent is not None:
-        return f"{merged}. {comparison(data)}"
-    if answer.report is not None or answer.select is not None:
-        return f"{merged}. Whether it beats its best parent was not measured."
-    return f"{merged}. This is a prediction: the merge was not evaluated."
-
-
-def _merged(root: Step) -> str:
-    if any(isinstance(item, Step) for item in root.inputs):
-        return f"Merge {text.step_phrase(root)}, the innermost first"
-    names = text.listed(str(item) for item in root.inputs)
-    values = f" ({text.coefficients(root.coefficients)})" if root.coefficients else ""
-    return f"Merge {names}, in this order, with {root.operator}{values}"
-
-
-def comparison(data: ReportData) -> str:
-    """Whether the answer beats its best parent, said so that no reader can take it for more."""
-    answer = data.answer
-    if answer is None or answer.parent is None:
-        return ""
-    parent = answer.parent
-    ends = text.interval(parent.low, parent.high)
-    size = text.number(abs(parent.difference))
-    if parent.verdict == "better":
-        return (
-            f"It scores {size} more than its best parent, {parent.name} (interval of the difference {ends})."
-        )
-    if parent.verdict == "worse":
-        return (
-            f"It scores {size} less than its best parent, {parent.name} (interval of the difference {ends}): "
-            f"do not merge, use {parent.name}."
-        )
-    return (
-        f"It cannot be told apart from its best parent, {parent.name}: the difference of "
-        f"{text.signed(parent.difference)} has the interval {ends}, which holds 0."
-    )
-
-
-def saving(spent: Spend) -> str:
-    """What was spent against exhaustive evaluation, in words; '' where that is not known."""
-    full = spent.exhaustive
-    if full is None:
-        return ""
-    parts = [
-        f"{text.count(spent.full_evaluations)} of {text.count(full.full_evaluations)} full evaluations "
-        f"({text.share(spent.full_evaluations, full.full_evaluations)})",
-        f"{text.duration(spent.seconds)} of {text.duration(full.seconds)} "
-        f"({text.share(spent.seconds, full.seconds)})",
-        f"{text.count(spent.items)} of {text.count(full.items)} items "
-        f"({text.share(spent.items, full.items)})",
-    ]
-    return "; ".join(parts)
 
 
 def _heat(checkpoints: tuple[CheckpointFacts, ...]) -> Mapping[tuple[str, str], float]:

@@ -103,9 +103,16 @@ def recipe_phrase(recipe: Recipe) -> str:
     return step_phrase(recipe.root)
 
 
+NAMES_LISTED = 30
+"""Names that prose lists before it says how many more there are."""
+
+
 def listed(names: Iterable[str]) -> str:
-    """Names as prose: 'a', 'a and b', 'a, b and c'."""
-    *most, last = list(names) or [NOTHING]
+    """Names as prose: 'a', 'a and b', 'a, b and c'; the first 30 'and 121 more' where there are more."""
+    every = list(names) or [NOTHING]
+    if len(every) > NAMES_LISTED:
+        return f"{', '.join(every[:NAMES_LISTED])} and {count(len(every) - NAMES_LISTED)} more"
+    *most, last = every
     return f"{', '.join(most)} and {last}" if most else last
 
 

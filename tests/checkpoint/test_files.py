@@ -77,7 +77,9 @@ def test_no_config(tmp_path: Path) -> None:
     refused(folder, "has no config.json")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "must be a JSON object, got list")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not valid JSON"), ("[]", "must be a JSON object, got list")]
+)
 def test_a_config_that_is_no_object(text: str, message: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", {"model.safetensors": ["x"]})
     (folder / "config.json").write_text(text)
@@ -118,7 +120,9 @@ def test_weights_without_a_tensor(tmp_path: Path) -> None:
     refused(write(tmp_path / "a", {"model.safetensors": []}), "without a single tensor")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {}}', "{}", '{"a": 1, "a": 2}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {}}', "{}", '{"a": 1, "a": 2}']
+)
 def test_an_index_that_is_no_index(text: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", {"1.safetensors": ["x"]})
     (folder / "model.safetensors.index.json").write_text(text)
@@ -164,7 +168,7 @@ def test_a_listed_tensor_that_stands_in_another_shard(tmp_path: Path) -> None:
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
-    shards = {"1.safetensors": ["x"], "2.safetensors": ["x", "y"]}
+    shards = {"1.safetensors": ["x", "z"], "2.safetensors": ["x", "y"]}
     refused(write(tmp_path / "a", shards), "tensor 'x' stands in two shards")
 
 

@@ -39,7 +39,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "empty file": (b"", "at least 8 bytes, this one has 0"),
     "seven bytes": (b"1234567", "at least 8 bytes, this one has 7"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-    "header too long": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little"), "at most 100000000 bytes, got 100000001"),
+    "header too long": (
+        (MAX_HEADER_BYTES + 1).to_bytes(8, "little"),
+        "at most 100000000 bytes, got 100000001",
+    ),
     "header past the end": ((50).to_bytes(8, "little") + b"{}", "has 50 bytes but only 2 follow"),
     "empty header": (encode(b""), "must start with '{'"),
     "leading space": (encode(b" {}"), "must start with '{'"),
@@ -65,18 +68,33 @@ BAD: dict[str, tuple[bytes, str]] = {
     "unknown dtype": (encode({"t": entry(0, 1, "Q4")}, b"0"), "unknown dtype 'Q4'"),
     "dtype no string": (encode({"t": {**entry(0, 1), "dtype": ["U8"]}}, b"0"), "unknown dtype"),
     "negative shape": (encode({"t": entry(0, 1, shape=[-1, -1])}, b"0"), "non-negative integers"),
-    "minus zero": (encode(b'{"t":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'), "non-negative integers"),
+    "minus zero": (
+        encode(b'{"t":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'),
+        "non-negative integers",
+    ),
     "fraction": (encode({"t": entry(0, 1, shape=[1.0])}, b"0"), "non-negative integers"),
     "true": (encode({"t": entry(0, 1, shape=[True])}, b"0"), "non-negative integers"),
     "shape no list": (encode({"t": entry(0, 1, shape=1)}, b"0"), "non-negative integers"),
     "shape too large": (encode({"t": entry(0, 0, shape=[2**62, 4, 0])}), "below 2^63"),
-    "negative offset": (encode({"t": {**entry(0, 1), "data_offsets": [-1, 0]}}, b"0"), "ascending data_offsets"),
+    "negative offset": (
+        encode({"t": {**entry(0, 1), "data_offsets": [-1, 0]}}, b"0"),
+        "ascending data_offsets",
+    ),
     "descending": (encode({"t": {**entry(0, 1), "data_offsets": [1, 0]}}, b"0"), "ascending data_offsets"),
-    "three offsets": (encode({"t": {**entry(0, 1), "data_offsets": [0, 1, 1]}}, b"0"), "ascending data_offsets"),
-    "wrong size": (encode({"t": entry(0, 7, "F32", [2])}, b"0" * 7), "takes 8 bytes, its data_offsets give 7"),
+    "three offsets": (
+        encode({"t": {**entry(0, 1), "data_offsets": [0, 1, 1]}}, b"0"),
+        "ascending data_offsets",
+    ),
+    "wrong size": (
+        encode({"t": entry(0, 7, "F32", [2])}, b"0" * 7),
+        "takes 8 bytes, its data_offsets give 7",
+    ),
     "overlap": (encode({"a": entry(0, 4), "b": entry(2, 6)}, b"0" * 6), "'b' overlaps tensor 'a' by 2 bytes"),
     "same bytes": (encode({"a": entry(0, 4), "b": entry(0, 4)}, b"0" * 4), "overlaps tensor 'a' by 4"),
-    "hole": (encode({"a": entry(0, 2), "b": entry(3, 4)}, b"0" * 4), "1 bytes between tensor 'a' and tensor 'b'"),
+    "hole": (
+        encode({"a": entry(0, 2), "b": entry(3, 4)}, b"0" * 4),
+        "1 bytes between tensor 'a' and tensor 'b'",
+    ),
     "hole at start": (encode({"a": entry(1, 2)}, b"00"), "1 bytes between the header and tensor 'a'"),
     "truncated": (encode({"a": entry(0, 9)}, b"0" * 5), "truncated: tensor 'a'"),
     "trailing": (encode({"a": entry(0, 1)}, b"000"), "2 bytes after tensor 'a' belong to no tensor"),
@@ -141,7 +159,9 @@ def agrees_with_the_library(content: bytes, file: Path) -> None:
     ours = {
         name: (info.dtype, list(info.shape), content[info.start : info.end]) for name, info in tensors.items()
     }
-    library = {name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in safetensors.deserialize(content)}
+    library = {
+        name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in safetensors.deserialize(content)
+    }
     assert ours == library
 
 

@@ -62,13 +62,17 @@ OPERATORS = {
 }
 YAML = """\
 merge_method: slerp
-slices: null
 models:
-- model: {merge: ties(python-code, arithmetic-expert)}
-- model: chat-instruct
-parameters:
-  t: 0.3
-dtype: float32
+  - merge:
+      merge_method: ties
+      base_model: base-5m
+      models:
+        - model: python-code
+        - model: arithmetic-expert
+      parameters: {density: 0.35, lambda: 1.1}
+  - model: chat-instruct
+parameters: {t: 0.3}
+seed: 7
 """
 REASONS = (
     "task vectors nearly orthogonal (cosine 0.041), so little is lost",

@@ -1,0 +1,82 @@
+"""The command line: each command parses, calls one library function, and prints.
+
+Nothing heavy is imported before a command needs it, so that `simmerge --help` answers at once.
+"""
+
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from simmerge.cli import catalog, demo, merging, operators, predicting, surrogates, tasks
+from simmerge.cli.common import console
+from simmerge.errors import SimMergeError
+
+app = typer.Typer(
+    name="simmerge",
+    help="Predictive merge selection: which checkpoints to merge, with which operator, order and coefficients.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(catalog.app, name="catalog")
+app.add_typer(operators.app, name="operator")
+app.add_typer(tasks.app, name="task")
+app.add_typer(surrogates.app, name="surrogate")
+demo.register(app)
+predicting.register(app)
+merging.register(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"simmerge {version('simmerge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit code is 0 done, 1 failed, 2 usage, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        result = app(args=given, prog_name="simmerge", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        console(stderr=True).print("interrupted; what was measured is kept, run the same command again to go on")
+        return 130
+    except (SimMergeError, OSError) as error:
+        if debug:
+            raise
+        console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
+        return error.exit_code if isinstance(error, SimMergeError) else 1
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+def run() -> None:
+    """Entry point of the `simmerge` script."""
+    raise SystemExit(main())

@@ -1,0 +1,121 @@
+"""`simmerge merge`, `evaluate` and `report`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from simmerge.cli.common import (
+    DEFAULT_WORKSPACE,
+    JsonOption,
+    WorkspaceOption,
+    bar,
+    console,
+    example,
+    opened,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from simmerge.recipe import Recipe
+
+
+def read_recipe_file(path: Path) -> "Recipe":
+    """The recipe in a YAML file."""
+    from simmerge.errors import UsageError
+    from simmerge.recipe_yaml import read_recipe
+
+    if not path.is_file():
+        raise UsageError(f"no recipe at '{path}'; give a YAML file, ours or mergekit's")
+    try:
+        return read_recipe(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the recipe '{path}' is not UTF-8: {error}") from error
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file: ours or mergekit's.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a checkpoint from a recipe over catalogued checkpoints, streaming tensor by tensor.
+
+    The folder loads with AutoModelForCausalLM and carries its recipe, its inputs' digests and a model card.
+    """
+    plan = read_recipe_file(recipe)
+    with opened(workspace) as project:
+        with bar("tensors", 1, as_json) as step:
+            result = project.merge(plan, out)
+            step()
+    facts = {"path": str(result.path), "recipe_id": result.recipe_id, "sha256": result.content_sha256,
+             "bytes": result.stored_bytes}  # fmt: skip
+    if as_json:
+        print_json(facts)
+    else:
+        console().print(f"wrote {result.path} ({result.stored_bytes:,} bytes), recipe {result.recipe_id}")
+
+
+def evaluate(
+    subjects: Annotated[list[str], typer.Argument(help="Names of checkpoints, or recipe files (.yaml).")],
+    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Task; repeat for more. Default all.")] = None,
+    split: Annotated[str, typer.Option("--split", help="search, select or report.")] = "select",
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Score checkpoints or recipes on tasks; what the ledger holds is not measured again."""
+    from simmerge.errors import UnknownNameError
+    from simmerge.types import SPLITS
+
+    if split not in SPLITS:
+        raise UnknownNameError("split", split, SPLITS)
+    models = [read_recipe_file(Path(s)) if s.endswith((".yaml", ".yml")) else s for s in subjects]
+    rows: list[dict[str, Any]] = []
+    with opened(workspace) as project, bar("models", len(models), as_json) as step:
+        for name, model in zip(subjects, models, strict=True):
+            for score in project.evaluate([model], task, split)[0].values():
+                rows.append({"model": name, "task": score.task, "split": split, "score": score.value,
+                             "stderr": score.stderr, "items": score.items, **dict(score.extra)})  # fmt: skip
+            step(name)
+    if as_json:
+        print_json(rows)
+        return
+    from rich.table import Table
+
+    table = Table("model", "task", "score", "± stderr", "items")
+    for r in rows:
+        table.add_row(r["model"], r["task"], f"{r['score']:.4f}", f"{r['stderr']:.4f}", str(r["items"]))
+    console().print(table)
+
+
+def report(
+    run: Annotated[str | None, typer.Argument(help="Recipe id of an answer; the latest by default.")] = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a search's report page again from its data, and say where it is."""
+    from simmerge.errors import UnknownNameError, UsageError
+
+    with opened(workspace) as project:
+        from simmerge.report.data import from_json
+        from simmerge.report.page import write_report
+
+        kept = sorted(project.workspace.reports.glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+        if not kept:
+            raise UsageError("no search has finished in this workspace; run: simmerge search")
+        names = {p.stem: p for p in kept}
+        if run is not None and run not in names:
+            raise UnknownNameError("report", run, names)
+        path = names[run] if run is not None else kept[-1]
+        page = write_report(from_json(path.read_text(encoding="utf-8")), path.with_suffix(".html"))
+    if as_json:
+        print_json({"report": str(page), "data": str(path)})
+    else:
+        console().print(f"report {page}", soft_wrap=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the root."""
+    app.command(epilog=example("simmerge merge recipe.yaml merged/"))(merge)
+    app.command(epilog=example("simmerge evaluate german code -t text_german", "simmerge evaluate recipe.yaml"))(evaluate)
+    app.command(epilog=example("simmerge report", "simmerge report 0123456789abcdef"))(report)

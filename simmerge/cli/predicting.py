@@ -1,0 +1,180 @@
+"""`simmerge fingerprint`, `rank` and `search`: from predictions to an answer."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from simmerge.cli.common import (
+    DEFAULT_WORKSPACE,
+    JsonOption,
+    SeedOption,
+    WorkspaceOption,
+    bar,
+    console,
+    example,
+    opened,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from simmerge.pipeline.ranking import Ranking
+
+NamesArgument = Annotated[
+    list[str] | None, typer.Argument(help="Checkpoints to consider; all that have a base by default.")
+]
+TasksOption = Annotated[
+    list[str] | None, typer.Option("--task", "-t", help="Task that the merge is to be good at; repeat for more.")
+]
+ProbesOption = Annotated[Path | None, typer.Option("--probes", help="Texts to run, JSONL or plain, without labels.")]
+SizesOption = Annotated[
+    list[int] | None, typer.Option("--size", "-k", min=2, help="Checkpoints in one merge; repeat for more. Default 2.")
+]
+OperatorsOption = Annotated[
+    list[str] | None, typer.Option("--operator", "-o", help="Only this operator; repeat for more.")
+]
+IncludeOption = Annotated[list[str] | None, typer.Option("--include", help="Every merge must have this checkpoint.")]
+SurrogateOption = Annotated[
+    Path | None, typer.Option("--surrogate", help="Folder of a fitted surrogate, if not the workspace's own.")
+]
+
+
+def fingerprint(
+    names: NamesArgument = None,
+    probes: ProbesOption = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Read and run every checkpoint once, and keep a small fingerprint of it; what is there is kept."""
+    with opened(workspace) as project:
+        entries = project.catalog.experts(names)
+        texts = project.probes(probes)
+        made: dict[str, bool] = {}
+        with bar("fingerprints", len(entries) + 1, as_json) as step:
+
+            def done(name: str, new: bool) -> None:
+                made[name] = new
+                step(name)
+
+            project.fingerprints(texts).get([e.name for e in entries], progress=done)
+    if as_json:
+        print_json({"probes": texts.digest, "made": [n for n, new in made.items() if new],
+                    "kept": [n for n, new in made.items() if not new]})  # fmt: skip
+    else:
+        new = sum(made.values())
+        console().print(f"{new} fingerprint(s) made, {len(made) - new} kept, over {len(texts.texts)} probes")
+
+
+def ranking_rows(ranking: "Ranking", top: int) -> list[dict[str, Any]]:
+    """The best candidates as plain data."""
+    from simmerge.operators import label
+    from simmerge.recipe import to_dict
+
+    return [
+        {"rank": place, "recipe_id": c.recipe_id, "label": label(c.recipe), "predicted": c.mean, "low": c.low,
+         "high": c.high, "by_task": dict(c.by_task), "reasons": list(c.reasons), "recipe": to_dict(c.recipe)}
+        for place, c in enumerate(ranking.candidates[:top], 1)
+    ]  # fmt: skip
+
+
+def rank(
+    names: NamesArgument = None,
+    task: TasksOption = None,
+    size: SizesOption = None,
+    operator: OperatorsOption = None,
+    include: IncludeOption = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many to show.")] = 10,
+    probes: ProbesOption = None,
+    surrogate: SurrogateOption = None,
+    seed: SeedOption = 0,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict which merges look best, with intervals and reasons; no candidate is merged or evaluated.
+
+    The checkpoints' own scores on the tasks are features; those that the ledger lacks are measured once.
+    """
+    with opened(workspace) as project:
+        from simmerge.pipeline.predicting import prepare, rank_candidates, space_for, surrogate_of
+        from simmerge.search.candidates import candidates
+
+        model = surrogate_of(project, surrogate)
+        with console(stderr=True).status("reading checkpoints") as status:
+            prepared = prepare(
+                project, names, task, project.probes(probes), progress=lambda s, n: status.update(f"{s} {n}")
+            )
+            space = space_for(size or [2], operator, seed=seed)
+            found = candidates(prepared.names, prepared.base, space, include=include or ())
+            ranking = rank_candidates(prepared, model, found, explained=top)
+    if as_json:
+        print_json({"candidates": ranking_rows(ranking, top), "considered": len(ranking.candidates),
+                    "objective": {"tasks": list(ranking.objective.tasks), "scale": dict(ranking.objective.scale)},
+                    "surrogate": model.why, "outside": ranking.outside})  # fmt: skip
+        return
+    print_ranking(ranking, top)
+    console().print(f"[dim]{model.why}[/]", soft_wrap=True)
+
+
+def print_ranking(ranking: "Ranking", top: int) -> None:
+    """The best candidates as a table."""
+    from rich.table import Table
+
+    from simmerge.operators import label
+
+    table = Table("#", "merge", "predicted", "90 % interval", "why", title=f"{len(ranking.candidates)} candidates")
+    for place, c in enumerate(ranking.candidates[:top], 1):
+        why = "\n".join(c.reasons[:2])
+        table.add_row(str(place), label(c.recipe), f"{c.mean:.3f}", f"[{c.low:.3f}, {c.high:.3f}]", why)
+    out = console()
+    out.print(table)
+    out.print("[dim]0 is the base, 1 as good as the best single checkpoint on every task.[/]")
+    if ranking.outside > 0.2:
+        out.print(
+            f"[yellow]{ranking.outside:.0%} of these lie outside of what the surrogate was trained on; "
+            "trust the order less than the intervals say.[/]"
+        )
+
+
+def search(
+    names: NamesArgument = None,
+    task: TasksOption = None,
+    budget: Annotated[int, typer.Option("--budget", "-b", help="Full evaluations of candidates.")] = 5,
+    size: SizesOption = None,
+    operator: OperatorsOption = None,
+    include: IncludeOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the merged checkpoint.")] = None,
+    probes: ProbesOption = None,
+    surrogate: SurrogateOption = None,
+    seed: SeedOption = 0,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank, evaluate the shortlist, and hand over the best merge with its evidence.
+
+    Resumable: killed and run again with the same options it goes on where it was.
+    """
+    with opened(workspace) as project:
+        from simmerge.errors import UsageError
+        from simmerge.pipeline.answering import answer
+
+        if budget < 1:
+            raise UsageError(f"--budget must be at least one full evaluation, got {budget}")
+        result = answer(
+            project, names, task, budget=budget, sizes=size or [2], operators=operator, include=include or (),
+            out=out, probes=probes, surrogate=surrogate, seed=seed, quiet=as_json,
+        )  # fmt: skip
+    if as_json:
+        print_json(result.summary())
+    else:
+        result.show(console())
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the root."""
+    app.command(epilog=example("simmerge fingerprint", "simmerge fingerprint german code --probes probes.jsonl"))(
+        fingerprint
+    )
+    app.command(epilog=example("simmerge rank german code reverse -t text_german -t text_code", "simmerge rank -k 2 -k 3"))(
+        rank
+    )
+    app.command(epilog=example("simmerge search german code -t text_german -t text_code --budget 5 --out merged"))(search)

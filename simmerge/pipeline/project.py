@@ -1,0 +1,123 @@
+"""A workspace with everything in it: the object that the command line and the Python interface use."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from simmerge.errors import UnknownNameError, UsageError
+from simmerge.evaluate.tasks import Task, load_task, load_tasks
+from simmerge.features.probes import ProbeSet, load_probes
+from simmerge.ledger.store import SqlLedger
+from simmerge.ledger.values import CheckpointEntry
+from simmerge.merge.folder import MergedFolder, merge_to_folder
+from simmerge.pipeline.catalog import Catalog
+from simmerge.pipeline.fingerprints import FingerprintStore
+from simmerge.pipeline.measuring import Measurer
+from simmerge.recipe import Recipe
+from simmerge.types import Score
+from simmerge.workspace import Workspace
+
+
+class Project:
+    """One workspace, its ledger open. Use as a context manager.
+
+    Args:
+        path: the workspace's folder; made if it does not exist.
+    """
+
+    def __init__(self, path: Path | str = ".simmerge") -> None:
+        self.workspace = Workspace.open(path)
+        self.ledger: SqlLedger = self.workspace.open_ledger()
+        self.catalog = Catalog(self.ledger)
+
+    def __enter__(self) -> "Project":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ledger.close()
+
+    def add_checkpoint(self, path: Path | str, *, name: str | None = None, base: str | None = None) -> CheckpointEntry:
+        """Add a checkpoint to the catalog; see `Catalog.add`."""
+        return self.catalog.add(path, name=name, base=base)
+
+    def add_tasks(self, path: Path | str) -> tuple[Task, ...]:
+        """Add one task's YAML, or every task in a folder.
+
+        Raises:
+            EvaluationError: a file is no task, or two have one name.
+        """
+        tasks = load_tasks(path)
+        for task in tasks:
+            facts = {"unit": task.unit, "domain": task.domain, "splits": list(task.splits)}
+            self.ledger.put_task(name=task.name, digest=task.digest, path=str(task.path.resolve()), facts=facts)
+        return tasks
+
+    def tasks(self, names: Sequence[str] | None = None) -> tuple[Task, ...]:
+        """Tasks by name, read from their files; by default all that were added.
+
+        Raises:
+            UnknownNameError: no task of that name was added.
+            UsageError: no task was added at all.
+        """
+        known = {entry.name: entry for entry in self.ledger.tasks()}
+        if not known:
+            raise UsageError("the workspace has no task; add some with: simmerge task add PATH")
+        chosen: list[Task] = []
+        for name in dict.fromkeys(names or list(known)):
+            if name not in known:
+                raise UnknownNameError("task", name, known, "See: simmerge task list.")
+            chosen.append(load_task(known[name].path))
+        return tuple(chosen)
+
+    def probes(self, path: Path | str | None = None) -> ProbeSet:
+        """The probe set of a file; by default the workspace's `tasks/probes.jsonl`.
+
+        Raises:
+            UsageError: no file is given and the workspace has none.
+        """
+        if path is None:
+            path = self.workspace.root / "tasks" / "probes.jsonl"
+            if not path.is_file():
+                raise UsageError("no probes: give a JSONL or text file with --probes")
+        return load_probes(path)
+
+    def fingerprints(self, probes: ProbeSet) -> FingerprintStore:
+        """Fingerprints of this workspace over a probe set."""
+        return FingerprintStore(self.workspace.fingerprints, self.catalog, probes)
+
+    def measurer(self, names: Sequence[str], tasks: Sequence[Task]) -> Measurer:
+        """What evaluates checkpoints and recipes over `names` and their base; close its sources after use."""
+        entries = self.catalog.experts(names)
+        base = str(entries[0].base)
+        sources = self.catalog.sources([base, *(entry.name for entry in entries)])
+        return Measurer(self.ledger, sources, tasks, base)
+
+    def evaluate(self, subjects: Sequence[str | Recipe], tasks: Sequence[str] | None = None,
+                 split: str = "select") -> list[dict[str, Score]]:  # fmt: skip
+        """Scores of checkpoints and recipes by task, in the order of `subjects`."""
+        chosen = self.tasks(tasks)
+        found: list[dict[str, Score]] = []
+        for subject in subjects:
+            names = list(subject.sources()) if isinstance(subject, Recipe) else [subject]
+            base = self.catalog.entry(names[0]).base or names[0]
+            with self.catalog.sources(list(dict.fromkeys([base, *names, *_bases(subject)]))) as sources:
+                measurer = Measurer(self.ledger, sources, chosen, base)
+                task_names = [task.name for task in chosen]
+                if isinstance(subject, Recipe):
+                    found.append(measurer.recipe(subject, task_names, split))
+                else:
+                    found.append(measurer.checkpoint(subject, task_names, split))
+        return found
+
+    def merge(self, recipe: Recipe, out: Path | str, *, evidence: Mapping[str, str] | None = None,
+              progress: Callable[[int, int], None] | None = None) -> MergedFolder:  # fmt: skip
+        """Write the merge that a recipe of catalogued checkpoints describes; see `merge_to_folder`."""
+        names = [*recipe.sources(), *recipe.bases()]
+        with self.catalog.sources(list(dict.fromkeys(names))) as sources:
+            return merge_to_folder(recipe, sources, Path(out), evidence=evidence, progress=progress)
+
+
+def _bases(subject: str | Recipe) -> tuple[str, ...]:
+    return subject.bases() if isinstance(subject, Recipe) else ()

@@ -1,0 +1,179 @@
+"""Predictions only: which merges of some checkpoints look best on some tasks, how sure that is, and why."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simmerge.errors import SurrogateError, UsageError
+from simmerge.evaluate.tasks import Task
+from simmerge.features.candidates import CandidateFeatures
+from simmerge.features.fingerprint import Fingerprint
+from simmerge.pipeline.table import scales
+from simmerge.recipe import Recipe
+from simmerge.surrogate.explain import contributions
+from simmerge.surrogate.fit import FittedSurrogate
+from simmerge.types import Score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What a merge is to be good at.
+
+    The score of a merge is the weighted mean over tasks of its gain over the base, in units of the largest
+    gain of any single checkpoint on that task: 0 is the base, 1 is as good as the best specialist everywhere.
+
+    Attributes:
+        tasks: names of the tasks.
+        weights: weight of each task, positive.
+        base: the base's score by task.
+        scale: unit of gains by task.
+    """
+
+    tasks: tuple[str, ...]
+    weights: tuple[float, ...]
+    base: Mapping[str, float]
+    scale: Mapping[str, float]
+
+    def of(self, scores: Mapping[str, float]) -> float:
+        """Objective of a model with these scores by task."""
+        return float(np.dot(self._shares(), [(scores[t] - self.base[t]) / self.scale[t] for t in self.tasks]))
+
+    def stderr(self, scores: Mapping[str, Score]) -> float:
+        """Standard error of the objective, tasks being independent."""
+        parts = [w * scores[t].stderr / self.scale[t] for w, t in zip(self._shares(), self.tasks, strict=True)]
+        return float(np.sqrt(np.sum(np.square(parts))))
+
+    def _shares(self) -> np.ndarray:
+        return np.asarray(self.weights) / np.sum(self.weights)
+
+
+def objective(
+    tasks: Sequence[Task],
+    singles: Mapping[tuple[str, str], float],
+    base: str,
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+) -> Objective:
+    """The objective over tasks, its units taken from the single checkpoints `names`.
+
+    Raises:
+        UsageError: a weight is not positive, or there is not one per task.
+    """
+    given = tuple(float(w) for w in weights) if weights is not None else (1.0,) * len(tasks)
+    if len(given) != len(tasks) or any(not w > 0 for w in given):
+        raise UsageError(f"give one positive weight for each of the {len(tasks)} tasks, got {list(given)}")
+    unit = scales(singles, base, {task.name: task.unit for task in tasks}, names)
+    return Objective(
+        tasks=tuple(task.name for task in tasks),
+        weights=given,
+        base={task.name: singles[base, task.name] for task in tasks},
+        scale=unit,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedCandidate:
+    """One candidate with its predicted objective.
+
+    Attributes:
+        recipe: what would be merged.
+        recipe_id: its id.
+        mean: predicted objective.
+        low: lower end of the interval.
+        high: upper end.
+        by_task: predicted gain by task, in units of the task's scale.
+        reasons: what speaks for and against it, weightiest first, in words.
+    """
+
+    recipe: Recipe
+    recipe_id: str
+    mean: float
+    low: float
+    high: float
+    by_task: Mapping[str, float]
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Candidates, best predicted first; equal predictions by id."""
+
+    candidates: tuple[RankedCandidate, ...]
+    objective: Objective
+    outside: float
+
+
+def rank(
+    recipes: Sequence[Recipe],
+    digests: Mapping[str, str],
+    target: Objective,
+    extractor: CandidateFeatures,
+    surrogate: FittedSurrogate,
+    *,
+    explained: int = 10,
+) -> Ranking:
+    """Predict the objective of every recipe and order them.
+
+    Args:
+        recipes: the candidates.
+        digests: digest by checkpoint name, for the recipes' ids.
+        target: what is wanted.
+        extractor: features of the catalogue; must have been made with `target.scale`.
+        surrogate: fitted on rows of the same features.
+        explained: how many of the best get reasons.
+
+    Raises:
+        SurrogateError: the surrogate was fitted on other features.
+    """
+    if not recipes:
+        raise SurrogateError("there is no candidate to rank; allow more operators or sizes")
+    features = extractor.rows(recipes, target.tasks)
+    if extractor.names() != surrogate.names:
+        raise SurrogateError("the surrogate was fitted on other features; fit it again: simmerge surrogate fit")
+    count = len(target.tasks)
+    whole = surrogate.predict_recipes(features, count, np.asarray(target.weights))
+    rows = surrogate.predict(features)
+    ids = [recipe.recipe_id(digests) for recipe in recipes]
+    order = sorted(range(len(recipes)), key=lambda k: (-whole.mean[k], ids[k]))
+    by_task = rows.mean.reshape(len(recipes), count)
+    found: list[RankedCandidate] = []
+    for place, k in enumerate(order):
+        part = features[k * count : (k + 1) * count] if place < explained else None
+        found.append(
+            RankedCandidate(
+                recipe=recipes[k],
+                recipe_id=ids[k],
+                mean=float(whole.mean[k]),
+                low=float(whole.low[k]),
+                high=float(whole.high[k]),
+                by_task=dict(zip(target.tasks, (float(v) for v in by_task[k]), strict=True)),
+                reasons=() if part is None else reasons(surrogate, part, extractor.names()),
+            )
+        )
+    outside = float(np.mean(surrogate.outside(features)))
+    return Ranking(candidates=tuple(found), objective=target, outside=outside)
+
+
+def reasons(surrogate: FittedSurrogate, rows: np.ndarray, names: Sequence[str], count: int = 3) -> tuple[str, ...]:
+    """The features that move a candidate's prediction most, averaged over its tasks: `name +0.12`."""
+    mean = contributions(surrogate, rows).values.mean(axis=0)
+    order = sorted(range(len(names)), key=lambda j: (-abs(mean[j]), names[j]))[:count]
+    return tuple(f"{names[j]} {mean[j]:+.2f}" for j in order if mean[j] != 0)
+
+
+def extractor_for(
+    fingerprints: Mapping[str, Fingerprint],
+    base: str,
+    singles: Mapping[tuple[str, str], float],
+    tasks: Sequence[Task],
+    scale: Mapping[str, float],
+) -> CandidateFeatures:
+    """Features of a catalogue's candidates on its tasks."""
+    return CandidateFeatures(
+        fingerprints=fingerprints,
+        base=base,
+        scores=singles,
+        scales=scale,
+        domains={task.name: task.domain for task in tasks},
+    )

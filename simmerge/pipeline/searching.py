@@ -1,0 +1,183 @@
+"""Rank, evaluate the shortlist, answer. Every decision and score is in the ledger, so a killed run goes on."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from simmerge.errors import UsageError
+from simmerge.ledger.protocol import Ledger
+from simmerge.pipeline.measuring import Measurer
+from simmerge.pipeline.ranking import Objective, RankedCandidate, Ranking
+from simmerge.recipe import Recipe, to_dict
+from simmerge.search.shortlist import Shortlist
+from simmerge.types import Score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """One fully evaluated candidate: its objective on the `select` split, with the standard error."""
+
+    candidate: RankedCandidate
+    value: float
+    stderr: float
+    scores: dict[str, Score]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The answer against another model on the `report` split, paired by item.
+
+    Attributes:
+        name: the other model.
+        value: its objective.
+        difference: answer minus other.
+        low: lower end of the difference's 95 % interval.
+        high: upper end.
+        p_value: share of bootstrap differences on the other side of zero, doubled.
+    """
+
+    name: str
+    value: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a search gives.
+
+    Attributes:
+        run_id: the run in the ledger.
+        best: the answer.
+        evaluated: all evaluated candidates in the order in which they were chosen.
+        report: the answer's scores on the `report` split.
+        report_value: its objective there.
+        comparisons: the answer against its parents and other models there.
+        seconds: wall-clock time of this call.
+        resumed: whether an earlier, unfinished run was continued.
+    """
+
+    run_id: str
+    best: Evaluated
+    evaluated: tuple[Evaluated, ...]
+    report: dict[str, Score]
+    report_value: float
+    comparisons: tuple[Comparison, ...]
+    seconds: float
+    resumed: bool
+    others: dict[str, dict[str, Score]] = field(default_factory=dict)
+
+
+def values(scores: dict[str, Score]) -> dict[str, float]:
+    """Score by task without its error."""
+    return {task: score.value for task, score in scores.items()}
+
+
+def search(
+    ranking: Ranking,
+    measurer: Measurer,
+    ledger: Ledger,
+    *,
+    budget: int,
+    parameters: dict[str, object],
+    others: Sequence[tuple[str, str | Recipe]] = (),
+    seed: int = 0,
+    progress: Callable[[int, Evaluated], None] | None = None,
+) -> Found:
+    """Evaluate the best candidates one by one, choose the best measured, and look at the report split once.
+
+    After each result the predictions of the rest are corrected (`Shortlist`), and the next is chosen.
+
+    Args:
+        ranking: predictions.
+        measurer: merges, evaluates and records.
+        ledger: where decisions go.
+        budget: full evaluations of candidates, at least 1.
+        parameters: what identifies the run; an unfinished run with equal parameters is continued.
+        others: models that the answer is compared with on the report split, by name: a checkpoint or a recipe.
+        seed: seed of the bootstrap.
+        progress: called after each evaluation with its number and result.
+
+    Raises:
+        UsageError: the budget is below 1.
+    """
+    if budget < 1:
+        raise UsageError(f"the budget must be at least one full evaluation, got {budget}")
+    began = time.perf_counter()
+    run = ledger.start_run("search", parameters)
+    target = ranking.objective
+    chosen = {c.recipe_id: c for c in ranking.candidates}
+    ids = list(chosen)
+    policy = Shortlist(
+        [c.recipe for c in ranking.candidates],
+        ids,
+        np.array([c.mean for c in ranking.candidates]),
+        np.array([(c.high - c.low) / 2 for c in ranking.candidates]),
+    )
+    by_recipe = {c.recipe.canonical(): c for c in ranking.candidates}
+    logged = len([e for e in ledger.events(run.run_id) if e.kind == "chosen"])
+    evaluated: list[Evaluated] = []
+    for number in range(min(budget, len(ids))):
+        candidate = by_recipe[policy.ask(1)[0].canonical()]
+        if number >= logged:
+            ledger.append_event(run.run_id, "chosen", {"number": number, "recipe_id": candidate.recipe_id})
+        scores = measurer.recipe(candidate.recipe, target.tasks, "select")
+        result = Evaluated(
+            candidate=candidate, value=target.of(values(scores)), stderr=target.stderr(scores), scores=scores
+        )
+        policy.tell(candidate.recipe, result.value)
+        evaluated.append(result)
+        if progress is not None:
+            progress(number + 1, result)
+    best = max(evaluated, key=lambda e: (e.value, e.candidate.recipe_id))
+    report = measurer.recipe(best.candidate.recipe, target.tasks, "report", rung="report")
+    measured: dict[str, dict[str, Score]] = {}
+    for name, model in others:
+        if isinstance(model, Recipe):
+            measured[name] = measurer.recipe(model, target.tasks, "report", rung="report")
+        else:
+            measured[name] = measurer.checkpoint(model, target.tasks, "report")
+    comparisons = tuple(compare(name, report, scores, target, seed) for name, scores in measured.items())
+    answer = {"recipe_id": best.candidate.recipe_id, "recipe": to_dict(best.candidate.recipe), "value": best.value}
+    if not any(e.kind == "answer" for e in ledger.events(run.run_id)):
+        ledger.append_event(run.run_id, "answer", answer)
+    ledger.finish_run(run.run_id)
+    return Found(
+        run_id=run.run_id,
+        best=best,
+        evaluated=tuple(evaluated),
+        report=report,
+        report_value=target.of(values(report)),
+        comparisons=comparisons,
+        seconds=time.perf_counter() - began,
+        resumed=run.resumed,
+        others=measured,
+    )
+
+
+def compare(
+    name: str, ours: dict[str, Score], other: dict[str, Score], target: Objective, seed: int, draws: int = 2000
+) -> Comparison:
+    """Paired bootstrap of the objective's difference: items are drawn anew within every task, for both models
+    alike (Efron and Tibshirani 1993, chapter 16)."""
+    rng = np.random.default_rng([seed, 11])
+    total = np.zeros(draws)
+    shares = np.asarray(target.weights) / np.sum(target.weights)
+    for share, task in zip(shares, target.tasks, strict=True):
+        a, b = ours[task].per_item, other[task].per_item
+        weight = np.array([item.weight for item in a])
+        gap = np.array([x.value - y.value for x, y in zip(a, b, strict=True)])
+        drawn = rng.integers(len(gap), size=(draws, len(gap)))
+        mean = (gap * weight)[drawn].sum(axis=1) / weight[drawn].sum(axis=1)
+        total += share * mean / target.scale[task]
+    value = target.of(values(other))
+    difference = target.of(values(ours)) - value
+    low, high = (float(v) for v in np.quantile(total, [0.025, 0.975]))
+    tail = min(float(np.mean(total <= 0)), float(np.mean(total >= 0)))
+    return Comparison(
+        name=name, value=value, difference=difference, low=low, high=high, p_value=min(1.0, 2 * max(tail, 1 / draws))
+    )

@@ -1,0 +1,233 @@
+"""Keeps a fitted surrogate in a folder: JSON and LightGBM's text format, nothing that runs code when read.
+
+surrogate.json   everything but the trees, with a SHA-256 of its own content and of the other files
+model.txt        the trees, if they have a weight
+spread.txt       the trees of the expected residual, if there are any
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightgbm as lgb
+import numpy as np
+
+from simmerge.errors import SurrogateError
+from simmerge.surrogate.conformal import Calibration, Spread
+from simmerge.surrogate.fit import FittedSurrogate
+from simmerge.surrogate.linear import Ridge, ridge_from_dict
+from simmerge.surrogate.reach import Reach
+from simmerge.surrogate.stack import CandidateReport
+from simmerge.surrogate.trees import Trees, trees_from_text
+
+FORMAT = 1
+MAIN, MODEL, SPREAD = "surrogate.json", "model.txt", "spread.txt"
+_SIZES = ("rounds", "leaves")
+
+
+def save_surrogate(surrogate: FittedSurrogate, folder: str | Path) -> Path:
+    """Writes the surrogate to `folder`, in place of one that stands there; returns the folder.
+
+    The files are written and flushed in a neighbouring folder, which is then renamed: a reader sees the old
+    surrogate, the new one or (for a moment, or after a kill in it) none, never a mixture.
+
+    Raises:
+        SurrogateError: `folder` exists and holds something else, or cannot be written.
+    """
+    target = Path(folder)
+    if target.exists() and not (target / MAIN).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise SurrogateError(
+            f"'{target}' exists and is not a saved surrogate; it is left alone. Give another folder."
+        )
+    texts = _texts(surrogate)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
+    stale = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        for leftover in (fresh, stale):
+            shutil.rmtree(leftover, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        for name, text in texts.items():
+            _write(fresh / name, text)
+        if target.exists():
+            target.rename(stale)
+        fresh.rename(target)
+    except OSError as error:
+        raise SurrogateError(
+            f"cannot write the surrogate to '{target}': {error}. Check space and rights."
+        ) from error
+    shutil.rmtree(stale, ignore_errors=True)
+    return target
+
+
+def load_surrogate(folder: str | Path, names: tuple[str, ...] | None = None) -> FittedSurrogate:
+    """Reads a surrogate that `save_surrogate` wrote; its predictions are equal bit for bit.
+
+    Args:
+        folder: where it was saved.
+        names: names of the features that it will be asked with; None leaves the check to the caller.
+
+    Raises:
+        SurrogateError: absent, damaged, of a newer format, or fitted on other features.
+    """
+    source = Path(folder)
+    main = _read(source / MAIN)
+    try:
+        data = json.loads(main)
+        form, digest, content = data["format"], data["sha256"], data["content"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(source / MAIN, f"no valid JSON of ours ({error})") from error
+    if form != FORMAT:
+        raise SurrogateError(
+            f"'{source}' has format {form}; this version reads format {FORMAT}. Update SimMerge, or fit it again."
+        )
+    if digest != _sha256(_canonical(content)):
+        raise _damaged(source / MAIN, "its SHA-256 differs")
+    texts = {
+        name: _checked_text(source / name, expected) for name, expected in sorted(content["files"].items())
+    }
+    try:
+        surrogate = _from_content(content, texts)
+    except (KeyError, TypeError, ValueError, lgb.basic.LightGBMError) as error:
+        raise _damaged(source / MAIN, repr(error)) from error
+    if names is not None:
+        _check_names(surrogate.names, names)
+    return surrogate
+
+
+def _check_names(fitted: tuple[str, ...], asked: tuple[str, ...]) -> None:
+    for column, (ours, theirs) in enumerate(zip(fitted, asked, strict=False)):
+        if ours != theirs:
+            raise SurrogateError(
+                f"the surrogate was fitted on other features: column {column} is '{ours}' there and '{theirs}' here. "
+                "Fit it again with the present features."
+            )
+    if len(fitted) != len(asked):
+        column = min(len(fitted), len(asked))
+        side, name = ("there", fitted[column]) if len(fitted) > column else ("here", asked[column])
+        raise SurrogateError(
+            f"the surrogate was fitted on {len(fitted)} features, not {len(asked)}: column {column}, '{name}', "
+            f"is only {side}. Fit it again with the present features."
+        )
+
+
+def _texts(surrogate: FittedSurrogate) -> dict[str, str]:
+    """Content of every file by name, `MAIN` last."""
+    texts: dict[str, str] = {}
+    parts: list[dict[str, Any]] = []
+    for (name, model), weight in zip(surrogate.models, surrogate.weights, strict=True):
+        if isinstance(model, Ridge):
+            parts.append({"name": name, "kind": "ridge", "weight": weight, "model": model.to_dict()})
+        else:
+            texts[MODEL] = model.text()
+            sizes = {key: getattr(model, key) for key in _SIZES}
+            parts.append({"name": name, "kind": "trees", "weight": weight, "model": sizes})
+    if surrogate.spread.booster is not None:
+        texts[SPREAD] = Trees(booster=surrogate.spread.booster, rounds=0, leaves=0).text()
+    reach = {
+        name: getattr(surrogate.reach, name).tolist() for name in ("median", "unit", "fixed", "reference")
+    }
+    content: dict[str, Any] = {
+        "names": list(surrogate.names),
+        "parts": parts,
+        "chosen": surrogate.chosen,
+        "why": surrogate.why,
+        "reports": [_finite(asdict(report)) for report in surrogate.reports],
+        "spread": surrogate.spread.mean,
+        "calibration": asdict(surrogate.calibration),
+        "reach": {**reach, "limit": surrogate.reach.limit},
+        "seed": surrogate.seed,
+        "count": surrogate.count,
+        "files": {name: _sha256(text) for name, text in texts.items()},
+    }
+    canonical = _canonical(content)
+    texts[MAIN] = f'{{"format":{FORMAT},"sha256":"{_sha256(canonical)}","content":{canonical}}}\n'
+    return texts
+
+
+def _from_content(content: Mapping[str, Any], texts: Mapping[str, str]) -> FittedSurrogate:
+    models: list[tuple[str, Ridge | Trees]] = []
+    for part in content["parts"]:
+        if part["kind"] == "ridge":
+            models.append((part["name"], ridge_from_dict(part["model"])))
+        else:
+            sizes = {key: int(part["model"][key]) for key in _SIZES}
+            models.append((part["name"], trees_from_text(texts[MODEL], **sizes)))
+    reach = content["reach"]
+    names = tuple(content["names"])
+    return FittedSurrogate(
+        names=names,
+        models=tuple(models),
+        weights=tuple(float(part["weight"]) for part in content["parts"]),
+        chosen=content["chosen"],
+        why=content["why"],
+        reports=tuple(CandidateReport(**_with_nan(report)) for report in content["reports"]),
+        spread=Spread(
+            mean=float(content["spread"]),
+            booster=trees_from_text(texts[SPREAD], 0, 0).booster if SPREAD in texts else None,
+        ),
+        calibration=Calibration(**content["calibration"]),
+        reach=Reach(
+            median=np.asarray(reach["median"], dtype=np.float64),
+            unit=np.asarray(reach["unit"], dtype=np.float64),
+            fixed=np.asarray(reach["fixed"], dtype=np.bool_),
+            reference=np.asarray(reach["reference"], dtype=np.float64).reshape(-1, len(names)),
+            limit=float(reach["limit"]),
+        ),
+        seed=int(content["seed"]),
+        count=int(content["count"]),
+    )
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """NaN (an undefined metric) as null, since JSON has no NaN."""
+    return {
+        key: None if isinstance(value, float) and math.isnan(value) else value
+        for key, value in values.items()
+    }
+
+
+def _with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in values.items()}
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise SurrogateError(
+            f"there is no '{path}'. Fit a surrogate first, or give the folder of one."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _checked_text(path: Path, expected: str) -> str:
+    text = _read(path)
+    if _sha256(text) != expected:
+        raise _damaged(path, "its SHA-256 differs")
+    return text
+
+
+def _damaged(path: Path, reason: str) -> SurrogateError:
+    return SurrogateError(f"'{path}' is damaged: {reason}. Fit the surrogate again.")
