@@ -11,7 +11,6 @@ exchangeable and CV+ has a worst case below the level; the tests measure what is
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import lightgbm as lgb
 import numpy as np
 
 from simmerge.errors import SurrogateError
@@ -19,7 +18,7 @@ from simmerge.rng import rng_for
 from simmerge.surrogate.folds import Fold, untouched
 from simmerge.surrogate.rows import Floats, Ints, TrainingRows
 from simmerge.surrogate.stack import RecipeMeans
-from simmerge.surrogate.trees import fit_small, predict_small
+from simmerge.surrogate.trees import Trees, fit_small
 
 NARROWEST, WIDEST = 0.25, 4.0
 """Range of a row's expected residual, as multiples of the mean residual."""
@@ -32,17 +31,17 @@ class Spread:
 
     Attributes:
         mean: mean absolute residual, above 0.
-        booster: a small ensemble that was fitted to absolute residuals, or None.
+        trees: a small ensemble that was fitted to absolute residuals, or None.
     """
 
     mean: float
-    booster: lgb.Booster | None
+    trees: Trees | None
 
     def predict(self, features: Floats) -> Floats:
         """Expected absolute residual `(rows,)`, from `NARROWEST` to `WIDEST` times the mean."""
-        if self.booster is None:
+        if self.trees is None:
             return np.full(len(features), self.mean)
-        return np.clip(predict_small(self.booster, features), NARROWEST * self.mean, WIDEST * self.mean)
+        return np.clip(self.trees.predict(features), NARROWEST * self.mean, WIDEST * self.mean)
 
 
 def fit_spread(features: Floats, residual: Floats, seed: int, threads: int = 1) -> Spread:
@@ -50,9 +49,9 @@ def fit_spread(features: Floats, residual: Floats, seed: int, threads: int = 1) 
     size = np.abs(residual)
     mean = max(float(size.mean()), 1e-12)
     if len(size) < _MIN_ROWS:
-        return Spread(mean=mean, booster=None)
+        return Spread(mean=mean, trees=None)
     fixed = int(rng_for(seed, "surrogate", "spread").integers(2**31 - 1))
-    return Spread(mean=mean, booster=fit_small(features, size, fixed, threads))
+    return Spread(mean=mean, trees=fit_small(features, size, fixed, threads))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +95,7 @@ def grouped_quantile(scores: Floats, group: Ints, level: float) -> tuple[float, 
     """Conformal quantile of scores of which whole groups are exchangeable.
 
     The smallest score s such that the scores up to s carry at least `level` of the mass, each of the G groups
-    carrying 1 / (G + 1), shared by its rows. With one row per group it is the ceil(level (G + 1))-th smallest.
+    carrying 1 / (G + 1), shared by its rows. With one row each it is the ceil(level (G + 1))-th smallest.
 
     Returns:
         The quantile, and whether G is large enough, G >= level / (1 - level); if not, the largest score.

@@ -4,7 +4,7 @@ With a few hundred rows a regularised linear model often beats boosting (Demysti
 https://arxiv.org/abs/2601.22285). Plain numpy; saved as JSON.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ _SCREEN_STRENGTH = 0.01
 
 
 @contextmanager
-def one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Generator[None]:
     """Matrix products on one thread: OpenBLAS may round differently with another number of threads."""
     with threadpool_limits(limits=1, user_api="blas"):
         yield

@@ -13,6 +13,8 @@ import numpy as np
 from simmerge.errors import SurrogateError
 from simmerge.surrogate.rows import Floats, Ints
 
+Metric = Callable[[Floats, Floats], float]
+"""A figure of one problem from its predicted and its measured values."""
 HEADROOM_FLOOR = 1e-3
 """Smallest denominator of normalised regret, in the target's unit: below it a problem has nothing to win."""
 
@@ -129,8 +131,10 @@ def top_operator(predicted: Floats, measured: Floats, operator: Sequence[str]) -
     predicted, measured = _pair(predicted, measured)
     if len(operator) != len(measured):
         raise SurrogateError(f"operator must have {len(measured)} names, got {len(operator)}.")
-    right = frozenset(operator[i] for i in np.flatnonzero(measured == measured.max()))
-    return float(np.mean([operator[i] in right for i in np.flatnonzero(predicted == predicted.max())]))
+    right = frozenset(operator[i] for i in np.flatnonzero(measured == measured.max()).tolist())
+    return float(
+        np.mean([operator[i] in right for i in np.flatnonzero(predicted == predicted.max()).tolist()])
+    )
 
 
 def coverage(low: Floats, high: Floats, measured: Floats) -> float:
@@ -161,9 +165,7 @@ def rmse(predicted: Floats, measured: Floats, weight: Floats | None = None) -> f
     return math.sqrt(float(np.sum(share * (predicted - measured) ** 2) / np.sum(share)))
 
 
-def by_problem(
-    metric: Callable[[Floats, Floats], float], predicted: Floats, measured: Floats, problem: Ints
-) -> Floats:
+def by_problem(metric: Metric, predicted: Floats, measured: Floats, problem: Ints) -> Floats:
     """`metric(predicted, measured)` of every problem, in ascending order of the code; NaN where undefined.
 
     Args:

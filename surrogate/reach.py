@@ -86,7 +86,7 @@ def _standardise(features: Floats, median: Floats, unit: Floats) -> Floats:
 
 
 def _nearest(points: Floats, reference: Floats, group: Ints | None, reference_group: Ints | None) -> Floats:
-    """Euclidean distance of each point to the nearest reference (of another group), `(rows,)`; inf if none."""
+    """Euclidean distance of each point to the nearest reference (of another group); inf if none."""
     result = np.empty(len(points))
     square = np.sum(reference**2, axis=1)
     with one_blas_thread():

@@ -161,7 +161,7 @@ def _check_lengths(rows: TrainingRows) -> None:
         value = getattr(rows, spec.name)
         if spec.name in ("features", "names"):
             continue
-        got = value.shape if isinstance(value, np.ndarray) else (len(value),)
+        got = np.shape(value) if isinstance(value, np.ndarray) else (len(value),)
         if got != (count,):
             raise SurrogateError(f"{spec.name} must have one value per row, shape ({count},), got {got}.")
 

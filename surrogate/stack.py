@@ -16,7 +16,7 @@ from simmerge.surrogate.rows import Floats, Ints, TrainingRows, codes, group_mea
 from simmerge.surrogate.trees import fit_trees
 
 FLOOR_SHARE = 0.05
-"""Headroom below this share of the spread of recipe means counts as this share (see `metrics.regret_after`)."""
+"""Headroom below this share of the recipe means' spread counts as this share (see `metrics.regret_after`)."""
 
 
 class Model(Protocol):
@@ -259,7 +259,7 @@ def choose(reports: Sequence[CandidateReport], regret: Mapping[str, Floats]) -> 
         reason = "smallest regret within problems, by more than a standard error"
     else:
         names = " and ".join(r.name for r in sorted(tied, key=lambda r: r.regret))
-        reason = f"{names} tie in regret within problems (one standard error), and {taken.name} has the smallest RMSE"
+        reason = f"{names} tie in regret within problems, and {taken.name} has the smallest RMSE"
     return taken.name, f"took {taken.name}: {reason}. {_said(reports)}"
 
 
@@ -272,8 +272,8 @@ def _within_one_error(regret: Floats, leader: Floats) -> bool:
 
 def _said(reports: Sequence[CandidateReport]) -> str:
     parts = [
-        f"{r.name}: regret {r.regret:.3f} ± {r.regret_stderr:.3f}, within-problem Spearman {r.spearman_within:.3f}, "
-        f"RMSE {r.rmse:.4f}"
+        f"{r.name}: regret {r.regret:.3f} ± {r.regret_stderr:.3f}, "
+        f"within-problem Spearman {r.spearman_within:.3f}, RMSE {r.rmse:.4f}"
         for r in reports
     ]
     return f"On held-out checkpoints ({reports[0].problems} problems): {'; '.join(parts)}."

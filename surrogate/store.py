@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightgbm as lgb
 import numpy as np
 
 from simmerge.errors import SurrogateError
@@ -24,7 +23,7 @@ from simmerge.surrogate.fit import FittedSurrogate
 from simmerge.surrogate.linear import Ridge, ridge_from_dict
 from simmerge.surrogate.reach import Reach
 from simmerge.surrogate.stack import CandidateReport
-from simmerge.surrogate.trees import Trees, trees_from_text
+from simmerge.surrogate.trees import SMALL_LEAVES, SMALL_ROUNDS, Trees, trees_from_text
 
 FORMAT = 1
 MAIN, MODEL, SPREAD = "surrogate.json", "model.txt", "spread.txt"
@@ -80,20 +79,22 @@ def load_surrogate(folder: str | Path, names: tuple[str, ...] | None = None) -> 
     try:
         data = json.loads(main)
         form, digest, content = data["format"], data["sha256"], data["content"]
+        intact = digest == _sha256(_canonical(content))
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(source / MAIN, f"no valid JSON of ours ({error})") from error
     if form != FORMAT:
         raise SurrogateError(
-            f"'{source}' has format {form}; this version reads format {FORMAT}. Update SimMerge, or fit it again."
+            f"'{source}' has format {form}; this version reads format {FORMAT}. "
+            "Update SimMerge, or fit it again."
         )
-    if digest != _sha256(_canonical(content)):
+    if not intact:
         raise _damaged(source / MAIN, "its SHA-256 differs")
     texts = {
         name: _checked_text(source / name, expected) for name, expected in sorted(content["files"].items())
     }
     try:
         surrogate = _from_content(content, texts)
-    except (KeyError, TypeError, ValueError, lgb.basic.LightGBMError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise _damaged(source / MAIN, repr(error)) from error
     if names is not None:
         _check_names(surrogate.names, names)
@@ -104,15 +105,15 @@ def _check_names(fitted: tuple[str, ...], asked: tuple[str, ...]) -> None:
     for column, (ours, theirs) in enumerate(zip(fitted, asked, strict=False)):
         if ours != theirs:
             raise SurrogateError(
-                f"the surrogate was fitted on other features: column {column} is '{ours}' there and '{theirs}' here. "
-                "Fit it again with the present features."
+                f"the surrogate was fitted on other features: column {column} is '{ours}' there "
+                f"and '{theirs}' here. Fit it again with the present features."
             )
     if len(fitted) != len(asked):
         column = min(len(fitted), len(asked))
         side, name = ("there", fitted[column]) if len(fitted) > column else ("here", asked[column])
         raise SurrogateError(
-            f"the surrogate was fitted on {len(fitted)} features, not {len(asked)}: column {column}, '{name}', "
-            f"is only {side}. Fit it again with the present features."
+            f"the surrogate was fitted on {len(fitted)} features, not {len(asked)}: column {column}, "
+            f"'{name}', is only {side}. Fit it again with the present features."
         )
 
 
@@ -127,8 +128,8 @@ def _texts(surrogate: FittedSurrogate) -> dict[str, str]:
             texts[MODEL] = model.text()
             sizes = {key: getattr(model, key) for key in _SIZES}
             parts.append({"name": name, "kind": "trees", "weight": weight, "model": sizes})
-    if surrogate.spread.booster is not None:
-        texts[SPREAD] = Trees(booster=surrogate.spread.booster, rounds=0, leaves=0).text()
+    if surrogate.spread.trees is not None:
+        texts[SPREAD] = surrogate.spread.trees.text()
     reach = {
         name: getattr(surrogate.reach, name).tolist() for name in ("median", "unit", "fixed", "reference")
     }
@@ -169,7 +170,7 @@ def _from_content(content: Mapping[str, Any], texts: Mapping[str, str]) -> Fitte
         reports=tuple(CandidateReport(**_with_nan(report)) for report in content["reports"]),
         spread=Spread(
             mean=float(content["spread"]),
-            booster=trees_from_text(texts[SPREAD], 0, 0).booster if SPREAD in texts else None,
+            trees=trees_from_text(texts[SPREAD], SMALL_ROUNDS, SMALL_LEAVES) if SPREAD in texts else None,
         ),
         calibration=Calibration(**content["calibration"]),
         reach=Reach(

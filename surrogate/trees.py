@@ -23,6 +23,7 @@ MAX_ROUNDS = 500
 PATIENCE = 25
 FALLBACK_ROUNDS = 60
 """Rounds where too few checkpoints leave nothing to stop on."""
+SMALL_ROUNDS, SMALL_LEAVES = 60, 7
 MANY_ROWS = 4000
 """Above this many rows one inner fold is enough to choose size and rounds; below, three are averaged."""
 
@@ -76,7 +77,7 @@ def trees_from_text(text: str, rounds: int, leaves: int) -> Trees:
         SurrogateError: LightGBM cannot read the text.
     """
     try:
-        booster = lgb.Booster(params={"verbosity": -1}, model_str=text)
+        booster = lgb.Booster(model_str=text)
     except lgb.basic.LightGBMError as error:
         raise SurrogateError(f"the saved trees cannot be read: {error}. Fit the surrogate again.") from error
     return Trees(booster=booster, rounds=rounds, leaves=leaves)
@@ -99,11 +100,13 @@ def fit_trees(rows: TrainingRows, seed: int, threads: int = 1) -> Trees:
     inner = [fold for fold in usable_folds(rows.sources, 4, seed) if _counts(rows, fold)][:folds]
     leaves, rounds = LEAVES[0], FALLBACK_ROUNDS
     if inner:
-        tried = [_stop_early(rows, inner, parameters(rows.features.shape, fixed, size, threads)) for size in LEAVES]
+        tried = [
+            _stop_early(rows, inner, parameters(rows.features.shape, fixed, size, threads)) for size in LEAVES
+        ]
         chosen = int(np.argmin([error for error, _ in tried]))
         leaves, rounds = LEAVES[chosen], tried[chosen][1]
     settings = parameters(rows.features.shape, fixed, leaves, threads)
-    booster = lgb.train(settings, _dataset(rows.features, rows.target, rows.weight, settings), rounds)
+    booster = _train(settings, _dataset(rows.features, rows.target, rows.weight, settings), rounds)
     return Trees(booster=booster, rounds=rounds, leaves=leaves)
 
 
@@ -124,16 +127,12 @@ def parameters(shape: tuple[int, ...], seed: int, leaves: int, threads: int) -> 
     }
 
 
-def fit_small(features: Floats, target: Floats, seed: int, threads: int = 1) -> lgb.Booster:
-    """A coarse ensemble for smooth quantities such as the size of a residual: 60 rounds of 7 leaves."""
-    settings = parameters(features.shape, seed, 7, threads)
+def fit_small(features: Floats, target: Floats, seed: int, threads: int = 1) -> Trees:
+    """A coarse ensemble for smooth quantities such as the size of a residual; no early stopping."""
+    settings = parameters(features.shape, seed, SMALL_LEAVES, threads)
     settings["min_data_in_leaf"] = max(20, len(target) // 50)
-    return lgb.train(settings, _dataset(features, target, np.ones(len(target)), settings), 60)
-
-
-def predict_small(booster: lgb.Booster, features: Floats) -> Floats:
-    """Predictions `(rows,)` of an ensemble that `fit_small` made."""
-    return _predict(booster, features)
+    booster = _train(settings, _dataset(features, target, np.ones(len(target)), settings), SMALL_ROUNDS)
+    return Trees(booster=booster, rounds=SMALL_ROUNDS, leaves=SMALL_LEAVES)
 
 
 def _counts(rows: TrainingRows, fold: Fold) -> bool:
@@ -150,7 +149,7 @@ def _stop_early(rows: TrainingRows, inner: list[Fold], settings: dict[str, Any])
             for part in (fold.train, fold.test)
         )
         test.set_reference(train)
-        booster = lgb.train(
+        booster = _train(
             settings,
             train,
             MAX_ROUNDS,
@@ -161,6 +160,11 @@ def _stop_early(rows: TrainingRows, inner: list[Fold], settings: dict[str, Any])
         errors.append(float(booster.best_score["held"]["l2"]))
         rounds.append(max(1, booster.best_iteration))
     return float(np.mean(errors)), round(float(np.mean(rounds)))
+
+
+def _train(settings: dict[str, Any], train: lgb.Dataset, rounds: int, **options: Any) -> lgb.Booster:
+    # Through Any: LightGBM's own types are only partly known to a strict checker.
+    return cast(Any, lgb).train(settings, train, rounds, **options)
 
 
 def _dataset(features: Floats, target: Floats, weight: Floats, settings: dict[str, Any]) -> lgb.Dataset:

@@ -109,6 +109,12 @@ class LmEvalEvaluator:
         if start < 0 or (stop is not None and stop <= start):
             raise RangeError(f"items must be start <= i < stop with start at least 0, got {start} and {stop}")
         chosen = [self._split(name, split) for name in tasks]
+        for compiled in chosen:
+            if start >= len(compiled.names):
+                raise EvaluationError(
+                    f"split '{split}' of task '{compiled.task.name}' has {len(compiled.names)} items, "
+                    f"so there are none from {start} on"
+                )
         bundled = self._bundle(model, tokenizer, chosen, start, stop)
         rows = model.get_input_embeddings().weight.shape[0]
         if bundled.highest >= rows:

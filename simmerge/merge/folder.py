@@ -159,14 +159,16 @@ def merge_to_folder(
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(i.size for i in planned)}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-        _write_company(recipe, used, folder, digest.hexdigest(), evidence or {})
+        _write_company(recipe, used, folder, out.name, digest.hexdigest(), evidence or {})
     size = sum(item.size for item in planned)
     return MergedFolder(
         path=out, recipe_id=recipe.recipe_id(used.digests), content_sha256=digest.hexdigest(), stored_bytes=size
     )
 
 
-def _write_company(recipe: Recipe, sources: Sources, folder: Path, digest: str, evidence: Mapping[str, str]) -> None:
+def _write_company(
+    recipe: Recipe, sources: Sources, folder: Path, title: str, digest: str, evidence: Mapping[str, str]
+) -> None:
     """Config, tokenizer, recipe, provenance and model card beside the weights."""
     first = sources[recipe.sources()[0]].checkpoint
     config = dict(first.config)
@@ -189,7 +191,7 @@ def _write_company(recipe: Recipe, sources: Sources, folder: Path, digest: str, 
     }
     (folder / "simmerge.json").write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     card = model_card(
-        title=folder.name.split(".")[0],
+        title=title,
         recipe_id=provenance["recipe_id"],
         recipe_yaml=text,
         parents=provenance["inputs"],

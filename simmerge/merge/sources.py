@@ -53,8 +53,7 @@ class Sources:
         """
         names = [*recipe.sources(), *(b for b in recipe.bases() if b not in recipe.sources())]
         chosen = [self[name] for name in names]
-        for other in chosen[1:]:
-            require_compatible(chosen[0].checkpoint, other.checkpoint)
+        require_compatible(chosen[0].checkpoint, *(other.checkpoint for other in chosen[1:]))
         return Sources({source.name: source for source in chosen})
 
     def __enter__(self) -> "Sources":

@@ -43,7 +43,7 @@ def linear(call: KernelCall) -> torch.Tensor:
     """Weighted mean of the inputs (Wortsman et al. 2022); with `normalize: false`, the weighted sum."""
     weights = call.per_input("weight")
     if call.options["normalize"] == "true":
-        weights = tuple(float(w) for w in normalised(weights))
+        weights = normalised(weights)
     return weighted_sum(call.inputs, weights)
 
 

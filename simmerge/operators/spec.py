@@ -5,13 +5,12 @@ that `simmerge operator list` starts fast; kernels are named as `module:function
 merge runs.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -146,8 +145,7 @@ class OperatorSpec:
         return next((o for o in self.options if o.name == name), None)
 
 
-def normalised(weights: tuple[float, ...]) -> np.ndarray:
-    """Weights divided by their sum, shape `(inputs,)`; equal shares where the sum is zero."""
-    array = np.asarray(weights, dtype=np.float64)
-    total = array.sum()
-    return array / total if total != 0 else np.full(len(array), 1 / len(array))
+def normalised(weights: tuple[float, ...]) -> tuple[float, ...]:
+    """Weights divided by their sum; equal shares where the sum is zero."""
+    total = math.fsum(weights)
+    return tuple(w / total for w in weights) if total != 0 else (1 / len(weights),) * len(weights)

@@ -78,7 +78,7 @@ class Answer:
         out.print(RankingTable(rows=ranked(self.report.candidates), limit=8))
         if self.report.baselines:
             out.print(BaselineTable(rows=self.report.baselines))
-        out.print(SpendTable(spend=self.report.spent))
+        out.print(SpendTable(spent=self.report.spent))
         out.print(AnswerPanel(data=self.report))
         out.print(f"merged checkpoint  {self.merged}\nreport             {self.page}", soft_wrap=True)
 

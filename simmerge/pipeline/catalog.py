@@ -1,5 +1,6 @@
 """The catalog: checkpoints with their facts and lineage, kept in the ledger."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ class Catalog:
                 f"'{name}' does not descend from '{base}': {line.reason}. Merging it would destroy both; name its "
                 "own base, or add it with --allow-foreign to keep it for study."
             )
-        return asdict(line)
+        return asdict(line) | {"relative_norm": line.relative_norm if math.isfinite(line.relative_norm) else None}
 
     def list(self) -> tuple[CheckpointEntry, ...]:
         """All checkpoints, in the order they were added."""

@@ -21,7 +21,10 @@ SCORE = Score(
     items=2,
     seconds=0.5,
     extra={"nll": 1.5},
-    per_item=(ItemResult(item="a", value=1.0, extra={"nll": 1.0}), ItemResult(item="é", value=0.0, weight=3.0)),
+    per_item=(
+        ItemResult(item="a", value=1.0, extra={"nll": 1.0}),
+        ItemResult(item="é", value=0.0, weight=3.0),
+    ),
 )
 
 
@@ -117,7 +120,8 @@ class LedgerContract:
         assert ledger.scores(rung="race", with_items=True)[0].score == SCORE
 
     @pytest.mark.parametrize(
-        "changes", [{"value": math.nan}, {"value": math.inf}, {"stderr": math.nan}, {"stderr": -1.0}, {"items": 0}]
+        "changes",
+        [{"value": math.nan}, {"value": math.inf}, {"stderr": math.nan}, {"stderr": -1.0}, {"items": 0}],
     )
     def test_numbers_that_measure_nothing_are_refused(self, ledger: Ledger, changes: dict[str, Any]) -> None:
         """Nothing is recorded."""

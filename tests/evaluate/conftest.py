@@ -14,7 +14,7 @@ from simmerge.testing.checkpoints import tiny_llama
 
 Rows = Sequence[Mapping[str, Any]]
 
-WORDS = ("the", "and", "sing", "of", "ton", "é", "x", "1", "26", "read", "it,", "–", "on", "hero")
+WORDS = ("the", "and", "sing", "of", "ton", "é", "x", "1", "26", "read", "it,", "…", "on", "hero")
 
 
 def words(seed: int, *path: str, low: int = 2, high: int = 9) -> str:
@@ -53,7 +53,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "doc_to_target": "{{label}}",
         "doc_to_choice": "{{choices}}",
         "metric_list": [
-            {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm", "exact_match")
+            {"metric": m, "aggregation": "mean", "higher_is_better": True}
+            for m in ("acc", "acc_norm", "exact_match")
         ],
     },
     "loglikelihood_rolling": {
@@ -83,7 +84,9 @@ class TaskWriter:
     def __call__(
         self, name: str, kind: str, splits: Mapping[str, Rows] | None = None, **changes: Any
     ) -> Path:
-        rows = splits if splits is not None else {s: rows_of(kind, s, 5) for s in ("search", "select", "report")}
+        rows = (
+            splits if splits is not None else {s: rows_of(kind, s, 5) for s in ("search", "select", "report")}
+        )
         files: dict[str, str] = {}
         for split, part in rows.items():
             files[split] = f"{name}.{split}.jsonl"

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from itertools import combinations, permutations
 from typing import Any
@@ -239,3 +240,14 @@ def test_bad_requests_for_a_matrix(zoo: Any) -> None:
         pairs.pair_matrix([zoo.fingerprints["one"]], "ckaa")
     with pytest.raises(FingerprintError, match="at least one"):
         pairs.pair_matrix([], "cka")
+
+
+def test_models_without_attention_have_nan_there_and_nowhere_else(zoo: Any) -> None:
+    made = []
+    for name in ("one", "two"):
+        whole = zoo.fingerprints[name]
+        bare = dataclasses.replace(whole.behaviour, attention=np.zeros((0, 0, 96), dtype=np.float16))
+        made.append(dataclasses.replace(whole, behaviour=bare))
+    found = pairs.pair_features(made[0], made[1], zoo.fingerprints["base"])
+    assert [n for n, v in found.items() if math.isnan(v)] == ["attention_cosine_mean", "attention_cosine_min"]
+    assert np.isnan(pairs.pair_matrix(made, "attention_cosine")).all()

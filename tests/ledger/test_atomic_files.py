@@ -31,9 +31,14 @@ def test_write_atomic_writes_and_replaces(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(type(error)), files.atomic_path(target) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def write() -> None:
+        with files.atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
     assert (target.read_text(), names(tmp_path)) == ("old", ["a.txt"])
 
 
@@ -60,7 +65,7 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_absent_folder_is_told(tmp_path: Path) -> None:
-    with pytest.raises(WorkspaceError, match="cannot write .*No such file"):
+    with pytest.raises(WorkspaceError, match=r"cannot write .*No such file"):
         files.write_atomic(tmp_path / "no" / "a", "x")
 
 
@@ -76,10 +81,15 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 def test_a_folder_with_content_is_not_replaced(tmp_path: Path) -> None:
     target = tmp_path / "merge"
-    with pytest.raises(WorkspaceError, match="exists already"), files.atomic_folder(target) as folder:
-        (folder / "x").write_text("mine")
-        target.mkdir()  # another process is faster
-        (target / "x").write_text("theirs")
+
+    def write() -> None:
+        with files.atomic_folder(target) as folder:
+            (folder / "x").write_text("mine")
+            target.mkdir()  # another process is faster
+            (target / "x").write_text("theirs")
+
+    with pytest.raises(WorkspaceError, match="exists already"):
+        write()
     assert (names(tmp_path), (target / "x").read_text()) == (["merge"], "theirs")
     with pytest.raises(WorkspaceError, match="exists already"), files.atomic_folder(target):
         pytest.fail("the block must not run")

@@ -1,0 +1,211 @@
+"""What every result is compared with: scorers that are fitted on the same rows and rank the same recipes.
+
+A method is fitted on training rows and then gives one score per recipe of a table, higher is better, recipes
+in the order of `TrainingRows.recipes`. Scores need not be in the target's unit. Only `Oracle` may look at the
+targets of the table that it scores.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from simmerge.errors import SurrogateError
+from simmerge.rng import rng_for
+from simmerge.surrogate.linear import fit_ridge
+from simmerge.surrogate.rows import Floats, TrainingRows, codes, group_mean
+
+Scorer = Callable[[TrainingRows], Floats]
+"""Scores `(recipes,)` of the recipes of a table."""
+
+
+class Method(Protocol):
+    """A way to rank recipes."""
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        ...
+
+    def fit(self, rows: TrainingRows, seed: int) -> Scorer:
+        """A scorer that has seen `rows`."""
+        ...
+
+
+def recipe_mean(rows: TrainingRows, values: Floats) -> Floats:
+    """Mean of row values `(rows,)` over the tasks of each recipe, `(recipes,)`."""
+    code, recipes = rows.recipes()
+    return group_mean(values, code, len(recipes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomChoice:
+    """A draw per recipe that depends on the seed and the recipe's id, not on its place in the table."""
+
+    name: str = "random"
+
+    def fit(self, rows: TrainingRows, seed: int) -> Scorer:
+        """A scorer that draws from `seed`."""
+        del rows
+        return lambda table: np.array(
+            [rng_for(seed, "surrogate", "random", recipe).random() for recipe in table.recipes()[1]]
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestFixed:
+    """The operators and coefficients that did best in training, whatever the checkpoints.
+
+    A form's score is the mean of what its rows gain over the mean of their problem on the same task, plus
+    the overall mean: the mean target where every problem was measured with every form, and still fair where
+    some forms were only tried on good pairs. Forms outside `operators`, or not seen, come last, all equal.
+
+    Attributes:
+        name: name in tables.
+        operators: operators to choose among; empty for all.
+    """
+
+    name: str = "best fixed form"
+    operators: tuple[str, ...] = ()
+
+    def fit(self, rows: TrainingRows, seed: int) -> Scorer:
+        """A scorer that knows the form means of `rows`."""
+        del seed
+        score = {
+            form: value
+            for form, value in form_means(rows).items()
+            if not self.operators or form[0] in self.operators
+        }
+        last = min(score.values(), default=0.0) - 1.0
+        return lambda table: np.array([score.get(key, last) for key in _recipe_forms(table)])
+
+
+def form_means(rows: TrainingRows) -> dict[tuple[str, str], float]:
+    """Score of each (operator, form), see `BestFixed`; a form without weight is left out."""
+    problem, _ = rows.problems()
+    cell, cells = codes(list(zip(problem.tolist(), rows.task, strict=True)))
+    centred = rows.target - group_mean(rows.target, cell, len(cells))[cell]
+    code, forms = codes(list(zip(rows.operator, rows.form, strict=True)))
+    overall = float(np.sum(rows.weight * rows.target) / np.sum(rows.weight))
+    means = group_mean(centred, code, len(forms), rows.weight) + overall
+    return {form: float(value) for form, value in zip(forms, means, strict=True) if np.isfinite(value)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneFeature:
+    """Least squares on one feature (task-vector norm, or cosine for kinship); a missing value takes the mean.
+
+    Within a problem such a feature is often the same for all recipes; they then tie, as random choice does.
+    """
+
+    name: str
+    feature: str
+
+    def fit(self, rows: TrainingRows, seed: int) -> Scorer:
+        """A scorer with the slope and intercept of `rows`.
+
+        Raises:
+            SurrogateError: the rows have no such feature, or no value of it.
+        """
+        del seed
+        if self.feature not in rows.names:
+            raise SurrogateError(
+                f"the rows have no feature '{self.feature}' for '{self.name}'. Name one of theirs."
+            )
+        column = rows.names.index(self.feature)
+        known = ~np.isnan(rows.features[:, column]) & (rows.weight > 0)
+        if not known.any():
+            raise SurrogateError(f"feature '{self.feature}' is missing in every row. Choose another feature.")
+        x, y, w = rows.features[known, column], rows.target[known], rows.weight[known]
+        center, level = float(np.sum(w * x) / np.sum(w)), float(np.sum(w * y) / np.sum(w))
+        variance = float(np.sum(w * (x - center) ** 2))
+        slope = float(np.sum(w * (x - center) * (y - level))) / variance if variance > 0 else 0.0
+
+        def score(table: TrainingRows) -> Floats:
+            values = table.features[:, table.names.index(self.feature)]
+            filled = np.where(np.isnan(values), center, values)
+            return recipe_mean(table, level + slope * (filled - center))
+
+        return score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearModel:
+    """Ridge regression on the same features, without products."""
+
+    name: str = "linear model"
+
+    def fit(self, rows: TrainingRows, seed: int) -> Scorer:
+        """A scorer by the ridge regression on `rows`."""
+        model = fit_ridge(rows, seed, products=False)
+        return lambda table: recipe_mean(table, model.predict(table.features))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskIdentity:
+    """Mean target of each task and form in training: no feature of the checkpoints.
+
+    A task and form that was not seen together falls back to the form's mean, then the task's, then all.
+    """
+
+    name: str = "task identity"
+
+    def fit(self, rows: TrainingRows, seed: int) -> Scorer:
+        """A scorer that knows the means of `rows`."""
+        del seed
+        overall = float(np.sum(rows.weight * rows.target) / np.sum(rows.weight))
+        forms = list(zip(rows.operator, rows.form, strict=True))
+        both = _means(list(zip(rows.task, forms, strict=True)), rows)
+        form, task = _means(forms, rows), _means(list(rows.task), rows)
+
+        def score(table: TrainingRows) -> Floats:
+            keys = zip(table.task, zip(table.operator, table.form, strict=True), strict=True)
+            values = [both.get((t, f), form.get(f, task.get(t, overall))) for t, f in keys]
+            return recipe_mean(table, np.array(values))
+
+        return score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Oracle:
+    """The measured targets themselves: what perfect knowledge would choose."""
+
+    name: str = "oracle"
+
+    def fit(self, rows: TrainingRows, seed: int) -> Scorer:
+        """A scorer that reads the targets of the table that it scores."""
+        del rows, seed
+        return lambda table: recipe_mean(table, table.target)
+
+
+def standard(norm: str, kinship: str) -> tuple[Method, ...]:
+    """The baselines that stand in every table of this project.
+
+    Args:
+        norm: name of the feature that holds the task vectors' norm.
+        kinship: name of the feature that holds their cosine.
+    """
+    return (
+        RandomChoice(),
+        BestFixed(),
+        BestFixed(name="always slerp", operators=("slerp",)),
+        BestFixed(name="always tuned linear / task arithmetic", operators=("linear", "task_arithmetic")),
+        OneFeature(name="norm only", feature=norm),
+        OneFeature(name="kinship only", feature=kinship),
+        LinearModel(),
+        TaskIdentity(),
+        Oracle(),
+    )
+
+
+def _means(keys: Sequence[object], rows: TrainingRows) -> dict[object, float]:
+    code, distinct = codes(keys)
+    means = group_mean(rows.target, code, len(distinct), rows.weight)
+    return {key: float(value) for key, value in zip(distinct, means, strict=True) if np.isfinite(value)}
+
+
+def _recipe_forms(table: TrainingRows) -> list[tuple[str, str]]:
+    code, _ = table.recipes()
+    first = np.unique(code, return_index=True)[1]
+    return [(table.operator[i], table.form[i]) for i in first]

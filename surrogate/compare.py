@@ -1,0 +1,157 @@
+"""One table of metrics for many methods, all fitted and tested on the same folds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from simmerge.errors import SurrogateError
+from simmerge.surrogate import metrics
+from simmerge.surrogate.baselines import Method, Scorer, recipe_mean
+from simmerge.surrogate.fit import CANDIDATES, fit_surrogate
+from simmerge.surrogate.folds import Fold
+from simmerge.surrogate.rows import Floats, Ints, TrainingRows
+
+TOP = (1, 3, 5)
+"""Numbers of evaluations after which the regret is stated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurrogateMethod:
+    """The whole of `fit_surrogate`, its comparison of candidates included, inside each fold."""
+
+    name: str = "surrogate"
+    folds: int = 5
+    candidates: tuple[str, ...] = CANDIDATES
+
+    def fit(self, rows: TrainingRows, seed: int) -> Scorer:
+        """A scorer by the surrogate that is fitted on `rows`."""
+        fitted = fit_surrogate(rows, seed=seed, folds=self.folds, candidates=self.candidates)
+        return lambda table: recipe_mean(table, fitted.predict(table.features).mean)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodResult:
+    """How a method did on the test rows of all folds.
+
+    Attributes:
+        method: its name.
+        value: mean over problems of the measured value of the recipe that it puts first, target's unit.
+        regret: mean normalised regret after each number of evaluations in `TOP`; 0 oracle, 1 random.
+        spearman: rank correlation over the recipes of a fold, mean over folds.
+        spearman_within: rank correlation within a problem, mean over problems.
+        ndcg: mean over problems.
+        top_operator: share of problems in which it names the best recipe's operator.
+        problems: number of problems with two recipes or more, summed over folds.
+        regrets: normalised regret after one evaluation of each of them, for paired tests.
+    """
+
+    method: str
+    value: float
+    regret: Mapping[int, float]
+    spearman: float
+    spearman_within: float
+    ndcg: float
+    top_operator: float
+    problems: int
+    regrets: tuple[float, ...] = field(repr=False)
+
+
+def compare(
+    rows: TrainingRows,
+    folds: Sequence[Fold],
+    methods: Sequence[Method],
+    seed: int,
+    floor: float = metrics.HEADROOM_FLOOR,
+) -> tuple[MethodResult, ...]:
+    """Fits every method on each fold's training rows and measures its ranking of the test rows.
+
+    A problem's recipes are ranked by mean over the tasks in the fold. Folds come from `folds`: by
+    checkpoint, by task or by operator.
+
+    Args:
+        rows: the whole table.
+        folds: splits of it.
+        methods: baselines and surrogates, with distinct names.
+        seed: seed of every fit.
+        floor: smallest headroom that regret is divided by, in the target's unit.
+
+    Raises:
+        SurrogateError: no fold, no method, two methods of one name, or a fit that fails.
+    """
+    names = [method.name for method in methods]
+    if not folds or not names or len(names) != len(dict.fromkeys(names)):
+        raise SurrogateError(
+            f"a comparison needs folds and methods of distinct names, got {len(folds)} folds and {names}."
+        )
+    scored: dict[str, list[Floats]] = {name: [] for name in names}
+    tables: list[_Table] = []
+    for fold in folds:
+        train, test = rows.take(fold.train), rows.take(fold.test)
+        for method in methods:
+            scored[method.name].append(method.fit(train, seed)(test))
+        tables.append(_table(test))
+    return tuple(_result(name, tables, scored[name], floor) for name in names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Table:
+    """Recipes of one fold that stand in a problem with at least two recipes."""
+
+    keep: Ints
+    measured: Floats
+    problem: Ints
+    operator: tuple[str, ...]
+
+
+def _table(test: TrainingRows) -> _Table:
+    code, _ = test.recipes()
+    first = np.unique(code, return_index=True)[1]
+    problem = test.problems()[0][first]
+    keep = np.flatnonzero(np.bincount(problem)[problem] > 1)
+    return _Table(
+        keep=keep,
+        measured=recipe_mean(test, test.target)[keep],
+        problem=problem[keep],
+        operator=tuple(test.operator[first[i]] for i in keep),
+    )
+
+
+def _result(name: str, tables: Sequence[_Table], scores: Sequence[Floats], floor: float) -> MethodResult:
+    kept = [score[table.keep] for table, score in zip(tables, scores, strict=True)]
+    pairs = [(table, score) for table, score in zip(tables, kept, strict=True) if len(score)]
+    if not pairs:
+        raise SurrogateError(
+            "no problem of the test rows has two recipes; there is nothing to rank. Measure more."
+        )
+
+    def each(metric: metrics.Metric) -> Floats:
+        return np.concatenate([metrics.by_problem(metric, s, t.measured, t.problem) for t, s in pairs])
+
+    regret = {k: each(lambda p, m, k=k: metrics.regret_after(p, m, k, floor)) for k in TOP}
+    spearman = np.array([metrics.spearman(score, table.measured) for table, score in pairs])
+    return MethodResult(
+        method=name,
+        value=metrics.mean_defined(each(_value_of_first)),
+        regret={k: metrics.mean_defined(values) for k, values in regret.items()},
+        spearman=metrics.mean_defined(spearman),
+        spearman_within=metrics.mean_defined(each(metrics.spearman)),
+        ndcg=metrics.mean_defined(each(metrics.ndcg)),
+        top_operator=_top_operator(pairs),
+        problems=len(regret[TOP[0]]),
+        regrets=tuple(float(value) for value in regret[TOP[0]]),
+    )
+
+
+def _value_of_first(predicted: Floats, measured: Floats) -> float:
+    return float(measured[predicted == predicted.max()].mean())
+
+
+def _top_operator(pairs: Sequence[tuple[_Table, Floats]]) -> float:
+    values: list[float] = []
+    for table, score in pairs:
+        for problem in np.unique(table.problem):
+            here = np.flatnonzero(table.problem == problem)
+            names = [table.operator[i] for i in here]
+            values.append(metrics.top_operator(score[here], table.measured[here], names))
+    return float(np.mean(values))
