@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simmerge.demo import HELD_OUT
+from simmerge.demo import FOREIGN, HELD_OUT
 from simmerge.demo.materialize import materialize_tasks
 from simmerge.evaluate.tasks import load_tasks
 from simmerge.operators import OPERATORS, form
@@ -63,15 +63,16 @@ def _sampled(names: list[str], base: str) -> Iterator[Recipe]:
         yield from candidates(drawn[k], base, space(len(drawn[k])))
 
 
-def measure(catalogue: Path, tasks_folder: Path, work: Path, limit: int) -> None:
-    """Measure what the ledger does not hold yet."""
+def measure(catalogue: Path, tasks_folder: Path, work: Path, limit: int, part: tuple[int, int]) -> None:
+    """Measure what the ledger does not hold yet; process `part[0]` of `part[1]` takes every so-manieth recipe."""
     workspace = Workspace.open(work)
     tasks = load_tasks(materialize_tasks(tasks_folder, work / "tasks"))
     with workspace.open_ledger() as ledger:
         catalog = Catalog(ledger)
         facts = json.loads((catalogue / "catalog.json").read_text())
         for name, base in facts["checkpoints"].items():
-            catalog.add(catalogue / name, name=name, base=base)
+            if name != FOREIGN:
+                catalog.add(catalogue / name, name=name, base=base)
         names = [entry.name for entry in catalog.experts()]
         with catalog.sources([facts["base"], *names]) as sources:
             measurer = Measurer(ledger, sources, tasks, facts["base"], keep_items=False)
@@ -79,7 +80,7 @@ def measure(catalogue: Path, tasks_folder: Path, work: Path, limit: int) -> None
             for name in [facts["base"], *names]:
                 scores = measurer.checkpoint(name, task_names, SPLIT)
                 print(name, {k: round(s.value, 3) for k, s in scores.items()}, flush=True)
-            recipes = plan(names, facts["base"])[:limit]
+            recipes = plan(names, facts["base"])[:limit][part[0] :: part[1]]
             began, fresh = time.time(), 0
             for done, recipe in enumerate(recipes, 1):
                 before = measurer.spent.models
@@ -141,9 +142,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/simmerge-build/table"))
     parser.add_argument("--out", type=Path, default=Path("data/scores/mini.parquet"))
     parser.add_argument("--limit", type=int, default=1_000_000)
+    parser.add_argument("--part", default="0/1", help="K/N: one of N processes that share the work")
     options = parser.parse_args()
     if options.what == "measure":
-        measure(options.catalogue, options.tasks, options.work, options.limit)
+        number, _, parts = options.part.partition("/")
+        measure(options.catalogue, options.tasks, options.work, options.limit, (int(number), int(parts)))
     else:
         export(options.catalogue, options.tasks, options.work, options.out)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import click
 import typer
 
-from simmerge.cli import catalog, demo, merging, operators, predicting, surrogates, tasks
+from simmerge.cli import bench, catalog, demo, merging, operators, predicting, surrogates, tasks
 from simmerge.cli.common import console
 from simmerge.errors import SimMergeError
 
@@ -25,6 +25,7 @@ app.add_typer(catalog.app, name="catalog")
 app.add_typer(operators.app, name="operator")
 app.add_typer(tasks.app, name="task")
 app.add_typer(surrogates.app, name="surrogate")
+app.add_typer(bench.app, name="bench")
 demo.register(app)
 predicting.register(app)
 merging.register(app)

@@ -3,29 +3,28 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
 from simmerge.data import shipped
-from simmerge.demo import HELD_OUT
+from simmerge.demo import FOREIGN, HELD_OUT
 from simmerge.demo.materialize import materialize_tasks
 from simmerge.errors import IncompatibleError
-from simmerge.operators import form, label
+from simmerge.operators import label
 from simmerge.pipeline.answering import Answer, conclude
 from simmerge.pipeline.comparing import Line, Question, ends, fixed_lines, past, question, scored_line
 from simmerge.pipeline.evidence import Story
 from simmerge.pipeline.predicting import Prepared, Progress, fit, prepare, rank_candidates, rows_of_table
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.searching import Found
-from simmerge.pipeline.table import ScoreTable, read_table, scales
+from simmerge.pipeline.table import ScoreTable, read_table, scales, training_rows
 from simmerge.report.data import Baseline, BudgetCurve
-from simmerge.surrogate.baselines import learned_baselines
+from simmerge.surrogate.baselines import LinearModel, OneFeature, TaskIdentity
 from simmerge.surrogate.rows import TrainingRows
 
-FOREIGN = "stranger"
-"""The shipped checkpoint that descends from another base; the catalogue check has to refuse it."""
 PROMPT = "reverse k d a t ="
 
 
@@ -104,17 +103,17 @@ def baseline_lines(
     unit = scales(table.singles, prepared.base, {task.name: task.unit for task in prepared.tasks}, seen)
     history = past(table, seen, table.singles, prepared.base, unit)
     lines = fixed_lines(asked, history, len(prepared.names))
-    features = prepared.extractor.rows(asked.recipes, prepared.objective.tasks)
-    count = len(prepared.objective.tasks)
-    for name, scorer in learned_baselines(rows, seed).items():
-        predicted = scorer.scores(
-            features=features,
-            recipe=[i for i in asked.ids for _ in range(count)],
-            task=list(prepared.objective.tasks) * len(asked.ids),
-            form=[form(r) for r in asked.recipes for _ in range(count)],
-            operator=[r.root.operator for r in asked.recipes for _ in range(count)],
-        )
-        lines.append(scored_line(asked, name, predicted))
+    target = prepared.objective
+    recorded = replace(table, singles=prepared.singles)
+    listed = list(zip(asked.ids, asked.recipes, strict=True))
+    rows_asked = training_rows(prepared.extractor, recorded, listed, prepared.base, target.scale)
+    for method in (
+        OneFeature(name="task-vector norm only", feature="input_task_norm"),
+        OneFeature(name="kinship only", feature="pair_task_cosine"),
+        TaskIdentity(name="task identity only"),
+        LinearModel(name="linear model, same features"),
+    ):
+        lines.append(scored_line(asked, method.name, method.fit(rows, seed)(rows_asked)))
     random, oracle = ends(asked)
     return [random, *lines, oracle]
 

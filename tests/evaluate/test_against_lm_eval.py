@@ -17,6 +17,10 @@ import lm_eval  # isort: skip
 from lm_eval.api.task import ConfigurableTask  # isort: skip
 from lm_eval.models.huggingface import HFLM  # isort: skip
 
+# Its registry's decorators lose its types.
+EVALUATE: Any = lm_eval.evaluate
+MODEL: Any = HFLM
+
 KINDS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
 
 
@@ -29,8 +33,8 @@ def reference(
     config |= {"dataset_kwargs": {"data_files": files, "cache_dir": str(cache)}, "test_split": split}
     lm_task = ConfigurableTask(config=config)
     lm_task.set_fewshot_seed(1234)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    result = lm_eval.evaluate(
+    lm = MODEL(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    result = EVALUATE(
         lm=lm,
         task_dict={"tasks": {task.name: lm_task}, "groups": {}, "group_map": {}},
         bootstrap_iters=0,
