@@ -14,7 +14,7 @@ import numpy as np
 from simmerge.errors import SurrogateError
 from simmerge.rng import rng_for
 from simmerge.surrogate.linear import fit_ridge
-from simmerge.surrogate.rows import Floats, TrainingRows, codes, group_mean
+from simmerge.surrogate.rows import Floats, TrainingRows, codes, group_mean, integers
 
 Scorer = Callable[[TrainingRows], Floats]
 """Scores `(recipes,)` of the recipes of a table."""
@@ -208,4 +208,4 @@ def _means(keys: Sequence[object], rows: TrainingRows) -> dict[object, float]:
 def _recipe_forms(table: TrainingRows) -> list[tuple[str, str]]:
     code, _ = table.recipes()
     first = np.unique(code, return_index=True)[1]
-    return [(table.operator[i], table.form[i]) for i in first]
+    return [(table.operator[i], table.form[i]) for i in integers(first)]

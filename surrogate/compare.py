@@ -10,7 +10,7 @@ from simmerge.surrogate import metrics
 from simmerge.surrogate.baselines import Method, Scorer, recipe_mean
 from simmerge.surrogate.fit import CANDIDATES, fit_surrogate
 from simmerge.surrogate.folds import Fold
-from simmerge.surrogate.rows import Floats, Ints, TrainingRows
+from simmerge.surrogate.rows import Floats, Ints, TrainingRows, integers
 
 TOP = (1, 3, 5)
 """Numbers of evaluations after which the regret is stated."""
@@ -113,7 +113,7 @@ def _table(test: TrainingRows) -> _Table:
         keep=keep,
         measured=recipe_mean(test, test.target)[keep],
         problem=problem[keep],
-        operator=tuple(test.operator[first[i]] for i in keep),
+        operator=tuple(test.operator[i] for i in integers(first[keep])),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from simmerge.errors import SurrogateError
 from simmerge.surrogate.fit import FittedSurrogate
-from simmerge.surrogate.rows import Floats, checked_features
+from simmerge.surrogate.rows import Floats, checked_features, integers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,7 +69,7 @@ def top_reasons(surrogate: FittedSurrogate, row: np.ndarray, k: int) -> tuple[Re
     order = np.argsort(-np.abs(mean), kind="stable")[:k]
     return tuple(
         Reason(feature=surrogate.names[i], value=_mean_known(features[:, i]), contribution=float(mean[i]))
-        for i in order
+        for i in integers(order)
         if mean[i] != 0.0
     )
 
@@ -81,7 +81,7 @@ def importance(surrogate: FittedSurrogate, rows: np.ndarray) -> tuple[tuple[str,
         SurrogateError: no row, another number of columns, or an infinite value.
     """
     mean = np.abs(contributions(surrogate, rows).values).mean(axis=0)
-    return tuple((surrogate.names[i], float(mean[i])) for i in np.argsort(-mean, kind="stable"))
+    return tuple((surrogate.names[i], float(mean[i])) for i in integers(np.argsort(-mean, kind="stable")))
 
 
 def _mean_known(values: Floats) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 
 from simmerge.errors import SurrogateError
 from simmerge.rng import rng_for
-from simmerge.surrogate.rows import Bools, Ints, codes, distinct_sources
+from simmerge.surrogate.rows import Bools, Ints, codes, distinct_sources, integers
 
 STRICT_SHARE = 1.0 / 3.0
 """Share of the checkpoints that a strict fold holds out."""
@@ -37,7 +37,7 @@ def refuse_leakage(fold: Fold, keys: Sequence[tuple[str, ...]]) -> None:
         SurrogateError: leakage, a row in both parts, or an empty part.
     """
     held = frozenset(fold.held)
-    for row in fold.train.tolist():
+    for row in integers(fold.train):
         shared = held.intersection(keys[row])
         if shared:
             raise SurrogateError(
@@ -141,7 +141,7 @@ def _part_folds(
     order = rng_for(seed, "surrogate", "folds").permutation(len(names))
     made: list[Fold] = []
     for part in np.array_split(order, min(folds, len(names))):
-        held = tuple(sorted(names[i] for i in part.tolist()))
+        held = tuple(sorted(names[i] for i in integers(part)))
         hit = _uses(sources, held)
         made.append(Fold(train=np.flatnonzero(~hit), test=np.flatnonzero(hit), held=held))
     return made
@@ -154,7 +154,7 @@ def _strict_folds(
     count = max(round(len(names) * STRICT_SHARE), min(len(frozenset(source)) for source in sources))
     made: list[Fold] = []
     for _ in range(folds * _STRICT_DRAWS):
-        held = tuple(sorted(names[i] for i in rng.permutation(len(names))[:count].tolist()))
+        held = tuple(sorted(names[i] for i in integers(rng.permutation(len(names))[:count])))
         test = np.flatnonzero(_uses(sources, held, every=True))
         train = np.flatnonzero(~_uses(sources, held))
         # Where few pairs were measured, many draws hold out no whole row; such a draw says nothing.

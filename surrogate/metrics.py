@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from simmerge.errors import SurrogateError
-from simmerge.surrogate.rows import Floats, Ints
+from simmerge.surrogate.rows import Floats, Ints, integers
 
 Metric = Callable[[Floats, Floats], float]
 """A figure of one problem from its predicted and its measured values."""
@@ -131,9 +131,9 @@ def top_operator(predicted: Floats, measured: Floats, operator: Sequence[str]) -
     predicted, measured = _pair(predicted, measured)
     if len(operator) != len(measured):
         raise SurrogateError(f"operator must have {len(measured)} names, got {len(operator)}.")
-    right = frozenset(operator[i] for i in np.flatnonzero(measured == measured.max()).tolist())
+    right = frozenset(operator[i] for i in integers(np.flatnonzero(measured == measured.max())))
     return float(
-        np.mean([operator[i] in right for i in np.flatnonzero(predicted == predicted.max()).tolist()])
+        np.mean([operator[i] in right for i in integers(np.flatnonzero(predicted == predicted.max()))])
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,11 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 _Key = TypeVar("_Key", bound=Hashable)
+
+
+def integers(index: npt.NDArray[np.integer]) -> list[int]:
+    """The indices as Python integers, in order."""
+    return cast("list[int]", index.tolist())
 
 
 def codes(values: Sequence[_Key]) -> tuple[Ints, list[_Key]]:
@@ -158,10 +163,10 @@ def _check_lengths(rows: TrainingRows) -> None:
     if count == 0:
         raise SurrogateError("training rows are empty; at least one is needed. Measure some recipes first.")
     for spec in fields(rows):
-        value = getattr(rows, spec.name)
+        value: Any = getattr(rows, spec.name)
         if spec.name in ("features", "names"):
             continue
-        got = np.shape(value) if isinstance(value, np.ndarray) else (len(value),)
+        got = np.shape(value) if spec.name in ("target", "weight") else (len(value),)
         if got != (count,):
             raise SurrogateError(f"{spec.name} must have one value per row, shape ({count},), got {got}.")
 

@@ -65,7 +65,8 @@ def main() -> None:
             lines = [json.dumps({"context": i.context, "answer": i.answer}) for i in found[:size]]
             found = found[size:]
             (options.out / f"skills/{skill}.{split}.jsonl").write_text("\n".join(lines) + "\n")
-        probes += [{"text": item.context, "domain": skill} for item in found]
+        # Without the answer; the line break makes the place after "=" one whose distribution is kept.
+        probes += [{"text": item.context + "\n", "domain": skill} for item in found]
         chance = 1 / len(skills.NAMELESS_STRINGS if skill in skills.STRING_SKILLS else skills.NAMELESS_NUMBERS)
         text = yaml.safe_dump(skill_task(skill, round(chance, 3)), sort_keys=False)
         (options.out / f"skill_{skill}.yaml").write_text(text)

