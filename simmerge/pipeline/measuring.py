@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import transformers
@@ -17,6 +18,10 @@ from simmerge.merge.sources import Sources
 from simmerge.operators import normal_form
 from simmerge.recipe import Recipe
 from simmerge.types import Score
+
+
+SETTINGS = f"lm-eval {version('lm_eval')}"
+"""What a score depends on beside model, task and split; another version of lm-eval measures anew."""
 
 
 @dataclass(slots=True)
@@ -82,7 +87,7 @@ class Measurer:
 
     def _missing(self, subject: str, names: Sequence[str], split: str) -> dict[str, Score | None]:
         digest = {task.name: task.digest for task in self.tasks}
-        return {name: self.ledger.score(subject, digest[name], split) for name in names}
+        return {name: self.ledger.score(subject, digest[name], split, settings=SETTINGS) for name in names}
 
     def _measure(
         self, subject: str, load: Callable[[], None], names: Sequence[str], split: str, rung: str
@@ -104,7 +109,7 @@ class Measurer:
             for score in scores:
                 self.spent.items += score.items
                 kept = score if self.keep_items else _without_items(score)
-                self.ledger.record_score(subject, digest[score.task], kept, rung=rung)
+                self.ledger.record_score(subject, digest[score.task], kept, settings=SETTINGS, rung=rung)
                 known[score.task] = score
         return {name: score for name, score in known.items() if score is not None}
 

@@ -22,7 +22,7 @@ def make_rows(
     missing: float = 0.0,
     prefix: str = "c",
 ) -> TrainingRows:
-    """All pairs x forms x tasks. Columns 0 and 1 depend on the form, 2 on the task, the others on the pair."""
+    """All pairs x forms x tasks. Columns 0 and 1 are the form's, 2 the task's, the others the pair's."""
     rng = np.random.default_rng([97, seed])
 
     # Coefficients belong to the forms, not to the draw: two tables of one law share them.

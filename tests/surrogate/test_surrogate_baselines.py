@@ -120,10 +120,10 @@ def test_comparison_orders_the_methods(make: Make) -> None:
     folds = checkpoint_folds(rows.sources, 4, 0)
     methods = (*standard("f3", "f4"), SurrogateMethod(folds=3, candidates=("ridge",)))
     results = {result.method: result for result in compare(rows, folds, methods, 0)}
-    assert list(results)[0] == "random"
+    assert next(iter(results)) == "random"
     assert results["oracle"].regret == {1: 0.0, 3: 0.0, 5: 0.0}
     assert results["oracle"].spearman_within == results["oracle"].top_operator == 1.0
-    # The best coefficient turns with the sign of a pair's feature: nothing fixed can follow, the surrogate can.
+    # The best form turns with the sign of a pair's feature: nothing fixed can follow, the surrogate can.
     assert results["surrogate"].regret[1] < 0.1
     assert results["best fixed form"].regret[1] > 0.5
     assert results["norm only"].regret[1] == pytest.approx(1.0)

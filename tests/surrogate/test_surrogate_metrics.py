@@ -1,5 +1,5 @@
 import math
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -38,9 +38,8 @@ def test_ndcg_by_hand() -> None:
 def _mean_over_tie_orders(predicted: np.ndarray, metric) -> float:
     """Independent check: all orders of the candidates that agree with the predictions."""
     count = len(predicted)
-    orders = [
-        o for o in permutations(range(count)) if all(predicted[a] >= predicted[b] for a, b in zip(o, o[1:]))
-    ]  # noqa: B905, RUF007
+    agrees = lambda order: all(predicted[a] >= predicted[b] for a, b in pairwise(order))  # noqa: E731
+    orders = [order for order in permutations(range(count)) if agrees(order)]
     return float(np.mean([metric(list(order)) for order in orders]))
 
 

@@ -106,7 +106,7 @@ def test_constant_and_empty_columns_have_no_influence(make: Make) -> None:
 
 
 def test_trees_recover_a_planted_interaction(make: Make) -> None:
-    law = lambda x: float(np.sign(x[3]) * np.sign(x[4]))  # noqa: E731
+    law = lambda x: float(np.sign(x[3]) * np.sign(x[2] - 0.5))  # noqa: E731
     rows, fresh = make(law=law, checkpoints=14), make(law=law, checkpoints=14, noise=0.0, seed=1)
     trees, ridge = fit_trees(rows, 0), fit_ridge(rows, 0)
     assert _r2(trees.predict(fresh.features), fresh.target) > 0.6

@@ -1,0 +1,233 @@
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from simmerge.errors import CheckpointError, IncompatibleError, SurrogateError, UnknownNameError, UsageError
+from simmerge.operators import OPERATORS
+from simmerge.pipeline.answering import answer
+from simmerge.pipeline.comparing import Question, ends, scored_line
+from simmerge.pipeline.predicting import prepare, rank_candidates, space_for, surrogate_of
+from simmerge.pipeline.project import Project
+from simmerge.pipeline.table import read_table, scales
+from simmerge.recipe import Recipe, step
+from simmerge.search.candidates import candidates
+
+RECIPE = Recipe(root=step("ties", ["a", "b"], "base", {"density": 0.5}))
+
+
+def options(family: Path) -> dict[str, object]:
+    return {"probes": family / "tasks" / "probes.jsonl", "surrogate": family / "surrogate", "quiet": True}
+
+
+def test_adding_twice_is_adding_once(project: Project, family: Path) -> None:
+    before = project.catalog.list()
+    project.add_checkpoint(family / "a", base="base")
+    assert project.catalog.list() == before
+
+
+def test_a_checkpoint_of_another_base_is_refused(project: Project, family: Path) -> None:
+    with pytest.raises(IncompatibleError, match="does not descend from 'base'"):
+        project.add_checkpoint(family / "stranger", base="base")
+    assert "stranger" not in [entry.name for entry in project.catalog.list()]
+    project.catalog.add(family / "stranger", base="base", allow_foreign=True)
+    assert "stranger" not in [entry.name for entry in project.catalog.experts()]
+    with pytest.raises(IncompatibleError, match="stranger"):
+        project.catalog.experts(["a", "stranger"])
+
+
+def test_checks_notice_weights_that_changed(project: Project, family: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(family / "a", copy)
+    project.add_checkpoint(copy, name="copy", base="base")
+    assert not [f for f in project.catalog.check() if f.problems]
+    tensors = load_file(copy / "model.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    wrong = {f.name: f.problems for f in project.catalog.check() if f.problems}
+    assert list(wrong) == ["copy"]
+    with pytest.raises(CheckpointError, match="not what was added"):
+        project.catalog.sources(["copy"])
+
+
+def test_an_empty_catalog_and_missing_tasks_are_said(tmp_path: Path, family: Path) -> None:
+    with Project(tmp_path / "new") as project:
+        with pytest.raises(UsageError, match="catalog is empty"):
+            project.catalog.experts()
+        project.add_checkpoint(family / "base")
+        with pytest.raises(UsageError, match="no fine-tune"):
+            project.catalog.experts()
+        with pytest.raises(UsageError, match="no task"):
+            project.tasks()
+
+
+def test_unknown_names_are_refused_with_the_nearest(project: Project) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'text_one'"):
+        project.tasks(["text_on"])
+    with pytest.raises(UnknownNameError, match="unknown checkpoint 'aa'"):
+        project.evaluate(["aa"])
+
+
+def test_no_score_is_paid_twice(project: Project) -> None:
+    measurer = project.measurer(["a", "b"], project.tasks())
+    with measurer.sources:
+        first = measurer.recipe(RECIPE, ["text_one", "text_two"], "select")
+        paid = measurer.spent.models
+        again = measurer.recipe(RECIPE, ["text_one", "text_two"], "select")
+    assert paid == measurer.spent.models == 1
+    assert {t: s.value for t, s in first.items()} == {t: s.value for t, s in again.items()}
+    assert first["text_one"].per_item == again["text_one"].per_item
+
+
+def test_the_folder_scores_what_was_measured_in_memory(project: Project, tmp_path: Path) -> None:
+    live = project.evaluate([RECIPE])[0]
+    merged = project.merge(RECIPE, tmp_path / "merged")
+    project.add_checkpoint(merged.path, name="merged", base="base")
+    stored = project.evaluate(["merged"])[0]
+    for task, score in live.items():
+        assert stored[task].value == score.value
+
+
+def ranking(project: Project, family: Path):
+    prepared = prepare(project, None, None, project.probes(family / "tasks" / "probes.jsonl"))
+    found = candidates(prepared.names, prepared.base, space_for([2]))
+    return rank_candidates(prepared, surrogate_of(project, family / "surrogate"), found)
+
+
+def test_ranking_is_ordered_and_its_intervals_hold_the_mean(project: Project, family: Path) -> None:
+    ranked = ranking(project, family).candidates
+    means = [c.mean for c in ranked]
+    assert means == sorted(means, reverse=True)
+    assert all(c.low <= c.mean <= c.high for c in ranked)
+    assert ranked[0].reasons
+    assert len({c.recipe_id for c in ranked}) == len(ranked)
+
+
+def test_a_surrogate_of_other_features_is_refused(project: Project, family: Path) -> None:
+    prepared = prepare(project, None, None, project.probes(family / "tasks" / "probes.jsonl"))
+    model = surrogate_of(project, family / "surrogate")
+    object.__setattr__(model, "names", tuple(reversed(model.names)))
+    with pytest.raises(SurrogateError, match="other features"):
+        rank_candidates(prepared, model, [RECIPE])
+
+
+def test_search_answers_with_a_checkpoint_and_a_report(project: Project, family: Path, tmp_path: Path) -> None:
+    result = answer(project, ["a", "b", "c"], None, budget=3, out=tmp_path / "merged", **options(family))
+    assert len(result.found.evaluated) == 3
+    assert result.found.best.value == max(e.value for e in result.found.evaluated)
+    AutoModelForCausalLM.from_pretrained(result.merged)
+    page = result.page.read_text()
+    assert result.found.best.candidate.recipe_id in page
+    json.dumps(result.summary(), allow_nan=False)
+
+
+def test_search_refuses_before_it_pays(project: Project, family: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        answer(project, ["a", "b"], None, budget=3, out=tmp_path / "there", **options(family))
+    with pytest.raises(UsageError, match="merge of 2"):
+        answer(project, ["a"], None, budget=3, **options(family))
+    assert not project.ledger.runs()
+
+
+def test_scales_have_a_floor() -> None:
+    singles = {("base", "t"): 0.5, ("a", "t"): 0.51, ("base", "u"): -2.0, ("a", "u"): -1.5}
+    found = scales(singles, "base", {"t": "accuracy", "u": "bits per byte"}, ["a"])
+    assert found == {"t": 0.05, "u": pytest.approx(0.5)}
+
+
+def test_lines_of_a_question_follow_their_definitions() -> None:
+    recipes = tuple(candidates(["a", "b"], "base", space_for([2])))
+    recorded = np.arange(len(recipes), dtype=float)
+    asked = Question(recipes=recipes, ids=tuple(f"{k:02d}" for k in range(len(recipes))), recorded=recorded)
+    random, oracle = ends(asked)
+    assert (random.regret, oracle.regret) == (pytest.approx(1.0), 0.0)
+    assert oracle.random_evaluations == pytest.approx((len(recipes) + 1) / 2)
+    worst_first = scored_line(asked, "reversed", -recorded)
+    assert worst_first.value == 0.0
+    assert scored_line(asked, "reversed, five tries", -recorded, 5).value == 4.0
+
+
+@pytest.mark.parametrize("content", [b"", b"no parquet", None])
+def test_bad_tables_are_said(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SurrogateError, match="scores.parquet"):
+        read_table(path)
+
+
+COMMAND = (
+    "import sys; from pathlib import Path; from simmerge.pipeline.answering import answer\n"
+    "from simmerge.pipeline.project import Project\n"
+    "sys.path.insert(0, sys.argv[3]); family = Path(sys.argv[1])\n"
+    "with Project(sys.argv[2]) as project:\n"
+    "    project.add_checkpoint(family / 'base')\n"
+    "    for name in 'abcde': project.add_checkpoint(family / name, base='base')\n"
+    "    project.add_tasks(family / 'tasks')\n"
+    "    found = answer(project, None, None, budget=4, probes=family / 'tasks' / 'probes.jsonl',\n"
+    "                   surrogate=family / 'surrogate', quiet=True).found\n"
+    "print(found.best.candidate.recipe_id, *[e.candidate.recipe_id for e in found.evaluated])\n"
+)
+
+
+def run(family: Path, work: Path, *, kill_after: float | None = None, hash_seed: str = "0", threads: str = "1") -> str:
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(family), str(work), "."],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": threads},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if kill_after is not None:
+        time.sleep(kill_after)
+        process.send_signal(signal.SIGKILL)
+    out, err = process.communicate()
+    if kill_after is None:
+        assert process.returncode == 0, err
+    return out
+
+
+def scored(work: Path) -> list[tuple[object, ...]]:
+    connection = sqlite3.connect(work / "ledger.db")
+    try:
+        return sorted(connection.execute("SELECT subject, task, split, value FROM scores"))
+    finally:
+        connection.close()
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_and_pays_once(family: Path, tmp_path: Path) -> None:
+    began = time.perf_counter()
+    unbroken = run(family, tmp_path / "unbroken")
+    whole = time.perf_counter() - began
+    # from the imports to the last write; the last fractions fall into evaluation, merge and report
+    for share in (0.3, 0.5, 0.65, 0.75, 0.82, 0.88, 0.93, 0.97):
+        run(family, tmp_path / "killed", kill_after=share * whole)
+    assert run(family, tmp_path / "killed") == unbroken
+    assert scored(tmp_path / "killed") == scored(tmp_path / "unbroken")
+
+
+@pytest.mark.slow
+def test_hash_seed_and_threads_change_neither_ranking_nor_merge(family: Path, tmp_path: Path) -> None:
+    outs = set()
+    bytes_ = set()
+    for seed, threads in (("0", "1"), ("1", "2"), ("7", "2")):
+        outs.add(run(family, tmp_path / seed, hash_seed=seed, threads=threads))
+        merged = next((tmp_path / seed / "merges").glob("*/model.safetensors"))
+        bytes_.add(merged.read_bytes())
+    assert len(outs) == len(bytes_) == 1
+
+
+def test_every_operator_can_be_ranked(project: Project, family: Path) -> None:
+    ranked = ranking(project, family).candidates
+    assert {c.recipe.root.operator for c in ranked} == set(OPERATORS)
