@@ -11,6 +11,4 @@ In the order of use:
 """
 
 if __name__ != "simmerge.features":
-    raise ImportError(
-        f"import simmerge.features, not {__name__}: this folder is a part of the simmerge package"
-    )
+    raise ImportError(f"import simmerge.features, not {__name__}: this folder is a part of the simmerge package")

@@ -221,9 +221,7 @@ def _coarse(log_p: Array, tokens: npt.NDArray[np.int64]) -> Array:
     return np.maximum(np.concatenate([kept, rest], axis=-1), _LEAST_LOG)
 
 
-def _take_states(
-    found: _Collected, output: Any, states: npt.NDArray[np.int64], queries: npt.NDArray[np.int64]
-) -> None:
+def _take_states(found: _Collected, output: Any, states: npt.NDArray[np.int64], queries: npt.NDArray[np.int64]) -> None:
     rows = torch.tensor(states.tolist(), dtype=torch.long)
     layers = [layer[0].cpu()[rows].double().numpy() for layer in output.hidden_states]
     found.hidden.append(np.stack(layers))
@@ -231,9 +229,7 @@ def _take_states(
     for query in queries.tolist():
         if maps:
             # A causal row is zero after its own token; shape (layers, heads, query + 1).
-            found.rows.append(
-                np.stack([layer[0, :, query, : query + 1].double().cpu().numpy() for layer in maps])
-            )
+            found.rows.append(np.stack([layer[0, :, query, : query + 1].double().cpu().numpy() for layer in maps]))
 
 
 def _states(hidden: Sequence[Array], seed: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float16]]:

@@ -220,9 +220,7 @@ class CandidateFeatures:
         order = list(combinations(range(k), 2))
         chosen = [[(plan.sources[i], plan.sources[j]) for i, j in order] for plan in plans]
         place = {pair: i for i, pair in enumerate(dict.fromkeys(pair for row in chosen for pair in row))}
-        index = np.array([[place[pair] for pair in row] for row in chosen], dtype=np.intp).reshape(
-            len(plans), -1
-        )
+        index = np.array([[place[pair] for pair in row] for row in chosen], dtype=np.intp).reshape(len(plans), -1)
         width = len(pairs.DIRECTED) + len(self._domains)
         symmetric = np.empty((len(place), len(pairs.SYMMETRIC)))
         forward, backward = np.empty((len(place), width)), np.empty((len(place), width))
@@ -277,9 +275,7 @@ class CandidateFeatures:
         return np.stack([gains[(plan.sources, plan.weights)] for plan in plans])
 
 
-def _check(
-    base: Fingerprint, name: str, fingerprints: Mapping[str, Fingerprint], scales: Mapping[str, float]
-) -> None:
+def _check(base: Fingerprint, name: str, fingerprints: Mapping[str, Fingerprint], scales: Mapping[str, float]) -> None:
     if base.base is not None:
         raise FingerprintError(f"'{name}' has a base itself; its fingerprint must be made without one")
     for other in fingerprints.values():

@@ -55,9 +55,7 @@ def make_fingerprint(
     tokens = tokenize(probes, tokenizer, max_tokens)
     structure = measure_structure(tensors, base, seed)
     if base_fingerprint is not None and base_fingerprint.structure.groups != structure.groups:
-        raise FingerprintError(
-            "the base's fingerprint is not of the base whose tensors were given; make it again"
-        )
+        raise FingerprintError("the base's fingerprint is not of the base whose tensors were given; make it again")
     origin = None if base_fingerprint is None else base_fingerprint.behaviour
     return Fingerprint(
         checkpoint=checkpoint,

@@ -210,16 +210,13 @@ def load_fingerprint(path: Path | str) -> Fingerprint:
             facts: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
             if facts["version"] != FORMAT_VERSION:
                 raise FingerprintError(
-                    f"fingerprint '{file}' has format {facts['version']}, "
-                    f"this version reads {FORMAT_VERSION}; {again}"
+                    f"fingerprint '{file}' has format {facts['version']}, this version reads {FORMAT_VERSION}; {again}"
                 )
             names: list[str] = sorted(handle.keys())
             arrays: dict[str, npt.NDArray[Any]] = {name: handle.get_tensor(name) for name in names}
         found = facts.pop("sha256")
         if found != _content_digest(arrays, facts):
-            raise FingerprintError(
-                f"fingerprint '{file}' does not match its own digest: it was changed; {again}"
-            )
+            raise FingerprintError(f"fingerprint '{file}' does not match its own digest: it was changed; {again}")
         return _assembled(facts, arrays)
     except FileNotFoundError as error:
         raise FingerprintError(f"there is no fingerprint at '{file}'; run 'simmerge fingerprint'") from error
@@ -231,9 +228,7 @@ def _assembled(facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]])
     parts: dict[str, dict[str, Any]] = {}
     for part in ("structure", "behaviour"):
         # JSON has no tuples: names and domains come back as lists.
-        values = {
-            k: tuple(cast("list[str]", v)) if isinstance(v, list) else v for k, v in facts[part].items()
-        }
+        values = {k: tuple(cast("list[str]", v)) if isinstance(v, list) else v for k, v in facts[part].items()}
         prefix = f"{part}."
         parts[part] = values | {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
     return Fingerprint(

@@ -83,9 +83,7 @@ def linear_cka(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     """
     a, b = as_float64(x), as_float64(y)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0] or a.shape[0] < 2:
-        raise ValueError(
-            f"CKA needs two matrices of the same n >= 2 rows, got shapes {a.shape} and {b.shape}"
-        )
+        raise ValueError(f"CKA needs two matrices of the same n >= 2 rows, got shapes {a.shape} and {b.shape}")
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     cross, own_a, own_b = (float(np.sum((u.T @ v) ** 2)) for u, v in ((a, b), (a, a), (b, b)))
     if own_a <= 0 or own_b <= 0:

@@ -153,9 +153,7 @@ def position_masks(x: Fingerprint, domains: Sequence[str]) -> npt.NDArray[np.boo
     if not held.domains:
         return np.zeros((len(domains), len(held.position_probe)), dtype=np.bool_)
     named = np.array(held.domains)[held.position_probe]
-    return (
-        np.stack([named == domain for domain in domains]) if domains else np.zeros((0, len(named)), np.bool_)
-    )
+    return np.stack([named == domain for domain in domains]) if domains else np.zeros((0, len(named)), np.bool_)
 
 
 def task_inner(a: Structure, b: Structure) -> float:

@@ -115,9 +115,7 @@ def _read_lines(file: Path, content: str) -> tuple[tuple[str, ...], tuple[str, .
         held = cast("dict[str, Any]", record) if isinstance(record, dict) else {}
         text, domain = held.get("text"), held.get("domain")
         if not isinstance(text, str) or not text.strip():
-            raise FingerprintError(
-                f"{where}: needs an object with a non-blank string 'text', got {line[:80]!r}"
-            )
+            raise FingerprintError(f"{where}: needs an object with a non-blank string 'text', got {line[:80]!r}")
         if domain is not None and not isinstance(domain, str):
             raise FingerprintError(f"{where}: 'domain' must be a string, got {domain!r}")
         texts.append(text)
@@ -125,8 +123,7 @@ def _read_lines(file: Path, content: str) -> tuple[tuple[str, ...], tuple[str, .
             domains.append(domain)
     if domains and len(domains) != len(texts):
         raise FingerprintError(
-            f"probes '{file}': {len(domains)} of {len(texts)} lines have a 'domain'; "
-            "give it on every line or on none"
+            f"probes '{file}': {len(domains)} of {len(texts)} lines have a 'domain'; give it on every line or on none"
         )
     return tuple(texts), tuple(domains)
 
@@ -143,9 +140,7 @@ def tokenize(probes: ProbeSet, tokenizer: Any, max_tokens: int = MAX_TOKENS) -> 
         FingerprintError: `max_tokens` is below 2, or a probe gives fewer than two tokens.
     """
     if max_tokens < 2:
-        raise FingerprintError(
-            f"max_tokens must be at least 2 (a next token needs one before it), got {max_tokens}"
-        )
+        raise FingerprintError(f"max_tokens must be at least 2 (a next token needs one before it), got {max_tokens}")
     found: list[tuple[int, ...]] = []
     text_bytes: list[int] = []
     cut = 0

@@ -142,8 +142,7 @@ def _finite(name: str, source: TensorSource) -> npt.NDArray[np.float32]:
     values: npt.NDArray[np.float32] = source.read_float(name).detach().cpu().numpy()
     if not np.isfinite(values).all():
         raise FingerprintError(
-            f"tensor '{name}' holds values that are not finite; "
-            "the checkpoint is damaged or diverged, leave it out"
+            f"tensor '{name}' holds values that are not finite; the checkpoint is damaged or diverged, leave it out"
         )
     return values
 

@@ -165,9 +165,7 @@ def _remove(path: Path) -> None:
 
 def _refuse_content(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise WorkspaceError(
-            f"'{target}' exists already and is not replaced; remove it or choose another name"
-        )
+        raise WorkspaceError(f"'{target}' exists already and is not replaced; remove it or choose another name")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 
 from simmerge.errors import RecipeError
 
-
 Value = float | tuple[float, ...] | str
 
 
@@ -77,7 +76,9 @@ class Recipe:
         """
         missing = [n for n in (*self.sources(), *self.bases()) if n not in digests]
         if missing:
-            raise RecipeError(f"recipe names checkpoint '{missing[0]}', whose digest is not known; add it to the catalog")
+            raise RecipeError(
+                f"recipe names checkpoint '{missing[0]}', whose digest is not known; add it to the catalog"
+            )
         return hashlib.sha256(_canonical(to_dict(self.renamed(digests))).encode()).hexdigest()[:16]
 
     def renamed(self, names: Mapping[str, str]) -> "Recipe":
@@ -86,7 +87,10 @@ class Recipe:
 
 
 def step(
-    operator: str, inputs: Sequence[Step | str], base: str | None = None, coefficients: Mapping[str, Value] | None = None
+    operator: str,
+    inputs: Sequence[Step | str],
+    base: str | None = None,
+    coefficients: Mapping[str, Value] | None = None,
 ) -> Step:
     """A step with its coefficients in canonical order."""
     pairs = tuple(sorted((coefficients or {}).items()))

@@ -86,7 +86,10 @@ def _step(data: object, where: str) -> Step:
 def _gather(name: str, items: list[Mapping[str, Any]], shared: Value | None, default: float, where: str) -> Value:
     found: list[float] = []
     for item in items:
-        value = _value(f"parameter '{name}' of an input of {where}", item.get(name, default if shared is None else shared))
+        value = _value(
+            f"parameter '{name}' of an input of {where}",
+            item.get(name, default if shared is None else shared),
+        )
         if not isinstance(value, float):
             raise RecipeError(f"parameter '{name}' of an input of {where} must be a number, got {value!r}")
         found.append(value)
@@ -96,7 +99,7 @@ def _gather(name: str, items: list[Mapping[str, Any]], shared: Value | None, def
 def _base_first(
     inputs: list[Step | str], per_input: list[Mapping[str, Any]], base: str, where: str
 ) -> tuple[list[Step | str], list[Mapping[str, Any]]]:
-    """mergekit's slerp names the input at t = 0 `base_model`; here it is the first input."""
+    """Mergekit's slerp names the input at t = 0 `base_model`; here it is the first input."""
     if base not in inputs:
         if len(inputs) >= 2:
             raise RecipeError(f"base_model '{base}' of {where} must be one of its two models, as t = 0")
@@ -145,7 +148,9 @@ def _step_data(item: Step, mergekit: bool) -> dict[str, Any]:
         data["base_model"] = item.inputs[0]
     models: list[dict[str, Any]] = []
     for k, source in enumerate(item.inputs):
-        entry: dict[str, Any] = {"merge": _step_data(source, mergekit)} if isinstance(source, Step) else {"model": source}
+        entry: dict[str, Any] = (
+            {"merge": _step_data(source, mergekit)} if isinstance(source, Step) else {"model": source}
+        )
         numbers = {c.name: resolved.numbers[c.name] for c in spec.coefficients if c.per_input}
         if numbers:
             entry["parameters"] = {n: v[k] if isinstance(v, tuple) else v for n, v in numbers.items()}

@@ -60,9 +60,7 @@ class Workspace:
                 clean_temporaries(root / name)
             clean_temporaries(root)
         except OSError as error:
-            raise WorkspaceError(
-                f"cannot use workspace '{root}': {error.strerror} ('{error.filename}')"
-            ) from error
+            raise WorkspaceError(f"cannot use workspace '{root}': {error.strerror} ('{error.filename}')") from error
         return workspace
 
     @property
@@ -120,9 +118,7 @@ def _make(root: Path, marker: Path, create: bool) -> None:
             "Choose an empty or a new folder; nothing was written"
         )
     if not create:
-        raise WorkspaceError(
-            f"no workspace at '{root}'. Make one with `simmerge catalog add --workspace {root}`"
-        )
+        raise WorkspaceError(f"no workspace at '{root}'. Make one with `simmerge catalog add --workspace {root}`")
     facts = {"format": FORMAT, "made_by": version()}
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -135,9 +131,7 @@ def _check(marker: Path) -> None:
     try:
         facts: Any = json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise WorkspaceError(
-            f"cannot read '{marker}': {error}. Restore it or choose another workspace"
-        ) from error
+        raise WorkspaceError(f"cannot read '{marker}': {error}. Restore it or choose another workspace") from error
     found: object = cast(Mapping[str, object], facts).get("format") if isinstance(facts, dict) else None
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise WorkspaceError(

@@ -18,6 +18,4 @@ Import the modules: nothing is imported here, so that the command line starts wi
 """
 
 if __name__ != "simmerge.surrogate":
-    raise ImportError(
-        f"import simmerge.surrogate, not {__name__}: this folder is a part of the simmerge package"
-    )
+    raise ImportError(f"import simmerge.surrogate, not {__name__}: this folder is a part of the simmerge package")

@@ -73,9 +73,7 @@ class BestFixed:
         """A scorer that knows the form means of `rows`."""
         del seed
         score = {
-            form: value
-            for form, value in form_means(rows).items()
-            if not self.operators or form[0] in self.operators
+            form: value for form, value in form_means(rows).items() if not self.operators or form[0] in self.operators
         }
         last = min(score.values(), default=0.0) - 1.0
         return lambda table: np.array([score.get(key, last) for key in _recipe_forms(table)])
@@ -110,9 +108,7 @@ class OneFeature:
         """
         del seed
         if self.feature not in rows.names:
-            raise SurrogateError(
-                f"the rows have no feature '{self.feature}' for '{self.name}'. Name one of theirs."
-            )
+            raise SurrogateError(f"the rows have no feature '{self.feature}' for '{self.name}'. Name one of theirs.")
         column = rows.names.index(self.feature)
         known = ~np.isnan(rows.features[:, column]) & (rows.weight > 0)
         if not known.any():

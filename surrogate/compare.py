@@ -121,9 +121,7 @@ def _result(name: str, tables: Sequence[_Table], scores: Sequence[Floats], floor
     kept = [score[table.keep] for table, score in zip(tables, scores, strict=True)]
     pairs = [(table, score) for table, score in zip(tables, kept, strict=True) if len(score)]
     if not pairs:
-        raise SurrogateError(
-            "no problem of the test rows has two recipes; there is nothing to rank. Measure more."
-        )
+        raise SurrogateError("no problem of the test rows has two recipes; there is nothing to rank. Measure more.")
 
     def each(metric: metrics.Metric) -> Floats:
         return np.concatenate([metrics.by_problem(metric, s, t.measured, t.problem) for t, s in pairs])

@@ -161,24 +161,28 @@ def fit_surrogate(
     residual = rows.target[held_out.row] - predicted[chosen]
     local = cross_spread(rows, splits, held_out.row, held_out.fold, residual, seed, threads)
     calibration = calibrate(rows, held_out.row, units, residual, local, level)
-    if not calibration.enough:
-        why += (
-            f" {calibration.problems} problems are too few for a {level:.0%} interval; "
-            "the largest residual stands in for the quantile."
-        )
     kept = [(name, float(weight)) for name, weight in zip(models, weights, strict=True) if weight > 0]
     return FittedSurrogate(
         names=rows.names,
         models=tuple((name, _final(MODELS[name](rows, seed, threads))) for name, _ in kept),
         weights=tuple(weight for _, weight in kept),
         chosen=chosen,
-        why=why,
+        why=why + _caveat(calibration),
         reports=reports,
         spread=fit_spread(rows.features[held_out.row], residual, seed, threads),
         calibration=calibration,
         reach=fit_reach(rows, seed),
         seed=seed,
         count=len(rows),
+    )
+
+
+def _caveat(calibration: Calibration) -> str:
+    if calibration.enough:
+        return ""
+    return (
+        f" {calibration.problems} problems are too few for a {calibration.level:.0%} interval; "
+        "the largest residual stands in for the quantile."
     )
 
 
@@ -215,9 +219,7 @@ def _recipe_codes(count: int, tasks_per_recipe: int | Sequence[int]) -> tuple[In
     return np.repeat(np.arange(len(counts)), counts), len(counts)
 
 
-def _shares(
-    code: Ints, recipes: int, weights: np.ndarray | None, tasks_per_recipe: int | Sequence[int]
-) -> Floats:
+def _shares(code: Ints, recipes: int, weights: np.ndarray | None, tasks_per_recipe: int | Sequence[int]) -> Floats:
     given = np.ones(len(code)) if weights is None else np.asarray(weights, dtype=np.float64)
     if isinstance(tasks_per_recipe, int) and given.shape == (tasks_per_recipe,):
         given = np.tile(given, recipes)
@@ -227,7 +229,5 @@ def _shares(
         )
     total = np.bincount(code, weights=given, minlength=recipes)
     if not (total > 0).all():
-        raise SurrogateError(
-            f"the weights of recipe {int(np.argmin(total > 0))} sum to 0; one task must count."
-        )
+        raise SurrogateError(f"the weights of recipe {int(np.argmin(total > 0))} sum to 0; one task must count.")
     return given / total[code]

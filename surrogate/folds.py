@@ -55,9 +55,7 @@ def refuse_leakage(fold: Fold, keys: Sequence[tuple[str, ...]]) -> None:
             )
 
 
-def checkpoint_folds(
-    sources: Sequence[tuple[str, ...]], folds: int, seed: int, *, strict: bool = False
-) -> list[Fold]:
+def checkpoint_folds(sources: Sequence[tuple[str, ...]], folds: int, seed: int, *, strict: bool = False) -> list[Fold]:
     """Splits that hold out checkpoints.
 
     The sorted names are shuffled with the seed and cut into `folds` parts. A fold's test rows have at least
@@ -81,9 +79,7 @@ def checkpoint_folds(
         raise SurrogateError(f"folds must be at least 2, got {folds}.")
     names = distinct_sources(sources)
     if len(names) < 2:
-        raise SurrogateError(
-            f"folds need at least 2 checkpoints, got {len(names)}. Add rows of other checkpoints."
-        )
+        raise SurrogateError(f"folds need at least 2 checkpoints, got {len(names)}. Add rows of other checkpoints.")
     made = _strict_folds(sources, names, folds, seed) if strict else _part_folds(sources, names, folds, seed)
     for fold in made:
         refuse_leakage(fold, sources)
@@ -130,14 +126,10 @@ def untouched(fold: Fold, sources: Sequence[tuple[str, ...]]) -> Bools:
 def _uses(sources: Sequence[tuple[str, ...]], held: Sequence[str], *, every: bool = False) -> Bools:
     names = frozenset(held)
     test = all if every else any
-    return np.fromiter(
-        (test(s in names for s in source) for source in sources), dtype=np.bool_, count=len(sources)
-    )
+    return np.fromiter((test(s in names for s in source) for source in sources), dtype=np.bool_, count=len(sources))
 
 
-def _part_folds(
-    sources: Sequence[tuple[str, ...]], names: tuple[str, ...], folds: int, seed: int
-) -> list[Fold]:
+def _part_folds(sources: Sequence[tuple[str, ...]], names: tuple[str, ...], folds: int, seed: int) -> list[Fold]:
     order = rng_for(seed, "surrogate", "folds").permutation(len(names))
     made: list[Fold] = []
     for part in np.array_split(order, min(folds, len(names))):
@@ -147,9 +139,7 @@ def _part_folds(
     return made
 
 
-def _strict_folds(
-    sources: Sequence[tuple[str, ...]], names: tuple[str, ...], folds: int, seed: int
-) -> list[Fold]:
+def _strict_folds(sources: Sequence[tuple[str, ...]], names: tuple[str, ...], folds: int, seed: int) -> list[Fold]:
     rng = rng_for(seed, "surrogate", "strict folds")
     count = max(round(len(names) * STRICT_SHARE), min(len(frozenset(source)) for source in sources))
     made: list[Fold] = []

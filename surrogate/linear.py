@@ -101,8 +101,7 @@ class Ridge:
     def to_dict(self) -> dict[str, Any]:
         """Plain data of the model; `ridge_from_dict` reads it back bit for bit."""
         return {
-            name: value.tolist() if isinstance(value := getattr(self, name), np.ndarray) else value
-            for name in _FIELDS
+            name: value.tolist() if isinstance(value := getattr(self, name), np.ndarray) else value for name in _FIELDS
         }
 
 
@@ -120,9 +119,7 @@ def ridge_from_dict(data: Mapping[str, Any]) -> Ridge:
     """
     absent = [name for name in _FIELDS if name not in data]
     if absent:
-        raise SurrogateError(
-            f"the saved ridge lacks '{absent[0]}'; the file is damaged. Fit the surrogate again."
-        )
+        raise SurrogateError(f"the saved ridge lacks '{absent[0]}'; the file is damaged. Fit the surrogate again.")
     floats = {
         name: np.asarray(data[name], dtype=np.float64)
         for name in ("median", "center", "unit", "product_unit", "offset", "coefficients")
@@ -132,9 +129,7 @@ def ridge_from_dict(data: Mapping[str, Any]) -> Ridge:
     main, columns = len(floats["median"]) + len(missing), len(floats["coefficients"])
     lengths = (len(floats["center"]), len(floats["unit"]), len(floats["offset"]), len(floats["product_unit"]))
     if lengths != (main, main, columns, len(products)) or columns != main + len(products):
-        raise SurrogateError(
-            "the saved ridge's arrays disagree in length; the file is damaged. Fit it again."
-        )
+        raise SurrogateError("the saved ridge's arrays disagree in length; the file is damaged. Fit it again.")
     return Ridge(
         **floats,
         missing=missing,
@@ -257,9 +252,7 @@ def _fit_main(features: Floats) -> _Main:
 
 def _main(features: Floats, fitted: _Main | Ridge) -> Floats:
     absent = np.isnan(features)
-    columns = np.hstack(
-        (np.where(absent, fitted.median, features), absent[:, fitted.missing].astype(np.float64))
-    )
+    columns = np.hstack((np.where(absent, fitted.median, features), absent[:, fitted.missing].astype(np.float64)))
     return np.clip((columns - fitted.center) * fitted.unit, -CLIP, CLIP)
 
 

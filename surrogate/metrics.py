@@ -132,9 +132,7 @@ def top_operator(predicted: Floats, measured: Floats, operator: Sequence[str]) -
     if len(operator) != len(measured):
         raise SurrogateError(f"operator must have {len(measured)} names, got {len(operator)}.")
     right = frozenset(operator[i] for i in integers(np.flatnonzero(measured == measured.max())))
-    return float(
-        np.mean([operator[i] in right for i in integers(np.flatnonzero(predicted == predicted.max()))])
-    )
+    return float(np.mean([operator[i] in right for i in integers(np.flatnonzero(predicted == predicted.max()))]))
 
 
 def coverage(low: Floats, high: Floats, measured: Floats) -> float:
@@ -148,9 +146,7 @@ def coverage(low: Floats, high: Floats, measured: Floats) -> float:
             f"coverage needs equal lengths of at least 1, got {len(low)}, {len(high)}, {len(measured)}."
         )
     if np.isnan(measured).any() or not (low <= high).all():
-        raise SurrogateError(
-            "coverage needs low <= high and no NaN. Pass the low and high of one Prediction."
-        )
+        raise SurrogateError("coverage needs low <= high and no NaN. Pass the low and high of one Prediction.")
     return float(np.mean((low <= measured) & (measured <= high)))
 
 

@@ -48,13 +48,9 @@ def checked_features(features: np.ndarray, width: int | None = None) -> Floats:
     try:
         table = np.asarray(features, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise SurrogateError(
-            f"features must be numbers, got {error}. Encode names as numbers first."
-        ) from None
+        raise SurrogateError(f"features must be numbers, got {error}. Encode names as numbers first.") from None
     if table.ndim != 2 or table.shape[1] == 0:
-        raise SurrogateError(
-            f"features must have shape (rows, d) with d >= 1, got {table.shape}. Pass row[None, :]."
-        )
+        raise SurrogateError(f"features must have shape (rows, d) with d >= 1, got {table.shape}. Pass row[None, :].")
     if width is not None and table.shape[1] != width:
         raise SurrogateError(
             f"features must have the {width} columns of the fit, got {table.shape[1]}. "
@@ -153,8 +149,7 @@ def _check_columns(rows: TrainingRows) -> None:
     for column, name in enumerate(rows.names):
         if seen.setdefault(name, column) != column:
             raise SurrogateError(
-                f"feature '{name}' names columns {seen[name]} and {column}; names are distinct. "
-                "Rename one of them."
+                f"feature '{name}' names columns {seen[name]} and {column}; names are distinct. Rename one of them."
             )
 
 
@@ -181,18 +176,13 @@ def _check_values(rows: TrainingRows) -> None:
     bad = np.flatnonzero(~(np.isfinite(rows.weight) & (rows.weight >= 0)))
     if len(bad):
         raise SurrogateError(
-            f"weight of row {bad[0]} is {rows.weight[bad[0]]}; weights are finite and at least 0. "
-            "Use 1 if unsure."
+            f"weight of row {bad[0]} is {rows.weight[bad[0]]}; weights are finite and at least 0. Use 1 if unsure."
         )
     if not rows.weight.sum() > 0:
-        raise SurrogateError(
-            "the weights sum to 0; at least one row must count. Use 1 for every row if unsure."
-        )
+        raise SurrogateError("the weights sum to 0; at least one row must count. Use 1 for every row if unsure.")
     for row, source in enumerate(rows.sources):
         if not source:
-            raise SurrogateError(
-                f"row {row} (recipe '{rows.recipe[row]}') names no checkpoint; it needs at least one."
-            )
+            raise SurrogateError(f"row {row} (recipe '{rows.recipe[row]}') names no checkpoint; it needs at least one.")
     if len(rows.checkpoints()) < 2:
         raise SurrogateError(
             f"training rows name {len(rows.checkpoints())} checkpoint ({', '.join(rows.checkpoints())}); "

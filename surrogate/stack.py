@@ -138,9 +138,7 @@ def _sum_one(predicted: Floats, target: Floats, weight: Floats) -> Floats:
     if predicted.shape[1] == 1:
         return np.ones(1)
     root = np.sqrt(weight)
-    rest, *_ = np.linalg.lstsq(
-        (predicted[:, 1:] - first[:, None]) * root[:, None], (target - first) * root, rcond=None
-    )
+    rest, *_ = np.linalg.lstsq((predicted[:, 1:] - first[:, None]) * root[:, None], (target - first) * root, rcond=None)
     return np.concatenate(([1.0 - rest.sum()], rest))
 
 
@@ -216,9 +214,7 @@ def regrets(units: RecipeMeans, predicted: Floats) -> Floats:
     )
 
 
-def report(
-    name: str, rows: TrainingRows, row: Ints, units: RecipeMeans, predicted: Floats
-) -> CandidateReport:
+def report(name: str, rows: TrainingRows, row: Ints, units: RecipeMeans, predicted: Floats) -> CandidateReport:
     """Metrics of a candidate's out-of-fold predictions `(n,)`."""
     regret = regrets(units, predicted)
     defined = regret[~np.isnan(regret)]

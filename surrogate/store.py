@@ -41,9 +41,7 @@ def save_surrogate(surrogate: FittedSurrogate, folder: str | Path) -> Path:
     """
     target = Path(folder)
     if target.exists() and not (target / MAIN).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise SurrogateError(
-            f"'{target}' exists and is not a saved surrogate; it is left alone. Give another folder."
-        )
+        raise SurrogateError(f"'{target}' exists and is not a saved surrogate; it is left alone. Give another folder.")
     texts = _texts(surrogate)
     fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     stale = target.with_name(f".{target.name}.{os.getpid()}.old")
@@ -57,9 +55,7 @@ def save_surrogate(surrogate: FittedSurrogate, folder: str | Path) -> Path:
             target.rename(stale)
         fresh.rename(target)
     except OSError as error:
-        raise SurrogateError(
-            f"cannot write the surrogate to '{target}': {error}. Check space and rights."
-        ) from error
+        raise SurrogateError(f"cannot write the surrogate to '{target}': {error}. Check space and rights.") from error
     shutil.rmtree(stale, ignore_errors=True)
     return target
 
@@ -84,14 +80,11 @@ def load_surrogate(folder: str | Path, names: tuple[str, ...] | None = None) -> 
         raise _damaged(source / MAIN, f"no valid JSON of ours ({error})") from error
     if form != FORMAT:
         raise SurrogateError(
-            f"'{source}' has format {form}; this version reads format {FORMAT}. "
-            "Update SimMerge, or fit it again."
+            f"'{source}' has format {form}; this version reads format {FORMAT}. Update SimMerge, or fit it again."
         )
     if not intact:
         raise _damaged(source / MAIN, "its SHA-256 differs")
-    texts = {
-        name: _checked_text(source / name, expected) for name, expected in sorted(content["files"].items())
-    }
+    texts = {name: _checked_text(source / name, expected) for name, expected in sorted(content["files"].items())}
     try:
         surrogate = _from_content(content, texts)
     except (KeyError, TypeError, ValueError) as error:
@@ -130,9 +123,7 @@ def _texts(surrogate: FittedSurrogate) -> dict[str, str]:
             parts.append({"name": name, "kind": "trees", "weight": weight, "model": sizes})
     if surrogate.spread.trees is not None:
         texts[SPREAD] = surrogate.spread.trees.text()
-    reach = {
-        name: getattr(surrogate.reach, name).tolist() for name in ("median", "unit", "fixed", "reference")
-    }
+    reach = {name: getattr(surrogate.reach, name).tolist() for name in ("median", "unit", "fixed", "reference")}
     content: dict[str, Any] = {
         "names": list(surrogate.names),
         "parts": parts,
@@ -187,10 +178,7 @@ def _from_content(content: Mapping[str, Any], texts: Mapping[str, str]) -> Fitte
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """NaN (an undefined metric) as null, since JSON has no NaN."""
-    return {
-        key: None if isinstance(value, float) and math.isnan(value) else value
-        for key, value in values.items()
-    }
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
 
 
 def _with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,9 +204,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise SurrogateError(
-            f"there is no '{path}'. Fit a surrogate first, or give the folder of one."
-        ) from None
+        raise SurrogateError(f"there is no '{path}'. Fit a surrogate first, or give the folder of one.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error)) from error
 

@@ -65,9 +65,7 @@ class Trees:
     def text(self) -> str:
         """The ensemble in LightGBM's text format; the same for every number of threads."""
         text = self.booster.model_to_string()
-        return "\n".join(
-            "[num_threads: 1]" if line.startswith("[num_threads:") else line for line in text.split("\n")
-        )
+        return "\n".join("[num_threads: 1]" if line.startswith("[num_threads:") else line for line in text.split("\n"))
 
 
 def trees_from_text(text: str, rounds: int, leaves: int) -> Trees:
@@ -100,9 +98,7 @@ def fit_trees(rows: TrainingRows, seed: int, threads: int = 1) -> Trees:
     inner = [fold for fold in usable_folds(rows.sources, 4, seed) if _counts(rows, fold)][:folds]
     leaves, rounds = LEAVES[0], FALLBACK_ROUNDS
     if inner:
-        tried = [
-            _stop_early(rows, inner, parameters(rows.features.shape, fixed, size, threads)) for size in LEAVES
-        ]
+        tried = [_stop_early(rows, inner, parameters(rows.features.shape, fixed, size, threads)) for size in LEAVES]
         chosen = int(np.argmin([error for error, _ in tried]))
         leaves, rounds = LEAVES[chosen], tried[chosen][1]
     settings = parameters(rows.features.shape, fixed, leaves, threads)

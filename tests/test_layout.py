@@ -30,7 +30,8 @@ def core() -> list[Path]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_does_not_import_its_siblings(stage: str) -> None:
-    others = tuple(f"simmerge.{s}" for s in STAGES if s != stage) + ("simmerge.pipeline", "simmerge.cli", "simmerge.demo")
+    above = ("simmerge.pipeline", "simmerge.cli", "simmerge.demo")
+    others = (*(f"simmerge.{s}" for s in STAGES if s != stage), *above)
     bad = {f"{p}: {n}" for p in sources(stage) for n in imported(p) if n.startswith(others)}
     assert not bad
 
@@ -84,7 +85,9 @@ def test_packages_mapping_and_links_agree() -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_refuses_to_be_imported_by_its_bare_name(part: str) -> None:
-    done = subprocess.run([sys.executable, "-c", f"import {part}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {part}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert f"import simmerge.{part}" in done.stderr
 
@@ -92,7 +95,8 @@ def test_a_part_refuses_to_be_imported_by_its_bare_name(part: str) -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from simmerge.cli import main; main(['--help']);"
-        "sys.exit(','.join(m for m in ('torch','transformers','lightgbm','sqlalchemy','pandas') if m in sys.modules) or 0)"
+        "heavy = ('torch', 'transformers', 'lightgbm', 'sqlalchemy', 'pandas');"
+        "sys.exit(','.join(m for m in heavy if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

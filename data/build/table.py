@@ -30,7 +30,7 @@ from simmerge.search.candidates import Space, candidates
 from simmerge.workspace import Workspace
 
 SPLIT = "select"
-MULTI = {3: 60, 4: 24, 5: 12}
+MULTI = {3: 24, 4: 10, 5: 6}
 """Subsets of the training checkpoints that are merged three, four and five at a time."""
 
 
@@ -46,8 +46,8 @@ def plan(names: list[str], base: str) -> list[Recipe]:
     found = candidates(seen, base, space(2))
     found += candidates(held, base, space(2))
     found += candidates(held, base, space(3))
-    found += list(_sampled(seen, base))
     found += candidates(held, base, space(4, 5))
+    found += list(_sampled(seen, base))
     found += [r for r in candidates(names, base, space(2)) if len({*r.sources()} & {*held}) == 1]
     return list({recipe.canonical(): recipe for recipe in found}.values())
 

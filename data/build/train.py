@@ -34,8 +34,11 @@ MIX: Mapping[str, float] = {
 
 
 def skill_line(rng: np.random.Generator, only: tuple[str, ...] = ()) -> str:
-    """One training line. With `only`, one of those skills under its own name; else of all skills,
-    the nameless ones under a name drawn among the nameless."""
+    """One training line.
+
+    With `only`, one of those skills under its own name; else one of all skills, the nameless ones under a
+    name drawn among the nameless.
+    """
     if only:
         skill = only[int(rng.integers(len(only)))]
         name = skill
@@ -70,11 +73,13 @@ def train_tokenizer(cache: Path, out: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(sample, trainer)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=CONTEXT
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=2 * CONTEXT
     ).save_pretrained(out)
 
 

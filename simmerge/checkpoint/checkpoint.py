@@ -181,9 +181,7 @@ def tokenizer_digest(path: Path | str) -> str | None:
         try:
             raw = file.read_bytes()
         except OSError as error:
-            raise CheckpointError(
-                f"{file} cannot be read: {error.strerror or error}. Check the permissions."
-            ) from None
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}. Check the permissions.") from None
         digest.update(f"{name} {len(raw)}\n".encode() + raw)
         found = True
     return digest.hexdigest() if found else None
@@ -196,13 +194,9 @@ def _tokenizer_content(file: Path) -> dict[str, Any]:
     model: Any = tokenizer.get("model")
     added: Any = tokenizer.get("added_tokens", [])
     if not isinstance(model, dict) or "vocab" not in model or not isinstance(added, list):
-        raise CheckpointError(
-            f"{file} must have an object 'model' with a 'vocab' and a list 'added_tokens'. {advice}"
-        )
+        raise CheckpointError(f"{file} must have an object 'model' with a 'vocab' and a list 'added_tokens'. {advice}")
     # Older writers leave out fields that newer ones write as null, false or empty.
-    kept = {
-        k: v for k, v in cast("dict[str, Any]", model).items() if v is not None and v is not False and v != ""
-    }
+    kept = {k: v for k, v in cast("dict[str, Any]", model).items() if v is not None and v is not False and v != ""}
     merges = kept.get("merges")
     if isinstance(merges, list):
         # "a b" up to tokenizers 0.19, ["a", "b"] since.

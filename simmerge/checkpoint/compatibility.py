@@ -81,9 +81,7 @@ def _kinds(reference: Checkpoint, other: Checkpoint) -> list[str]:
         found.append(f"model type: {_both(reference, other, reference.model_type, other.model_type)}")
     for checkpoint in (reference, other):
         if checkpoint.config.get("quantization_config") is not None:
-            found.append(
-                f"quantized weights in '{checkpoint.path.name}': they cannot be added up; use the original"
-            )
+            found.append(f"quantized weights in '{checkpoint.path.name}': they cannot be added up; use the original")
     return found
 
 

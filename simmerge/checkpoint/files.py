@@ -30,9 +30,7 @@ def checkpoint_folder(path: Path | str) -> Path:
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such folder. Give the path of a checkpoint's folder.")
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is a file; a checkpoint is a folder. Give the folder that holds {CONFIG}."
-        )
+        raise CheckpointError(f"{folder} is a file; a checkpoint is a folder. Give the folder that holds {CONFIG}.")
     if (folder / "adapter_config.json").exists() and not _has_weights(folder):
         raise CheckpointError(
             f"{folder} is an adapter (adapter_config.json, no weights of a whole model); adapters are not "
@@ -146,6 +144,4 @@ def _is_inside(shard: str) -> bool:
     and links are made by who owns the folder, while the index comes from who uploaded it.
     """
     posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
-    return not (
-        posix.is_absolute() or windows.anchor or ".." in posix.parts or ".." in windows.parts or "\0" in shard
-    )
+    return not (posix.is_absolute() or windows.anchor or ".." in posix.parts or ".." in windows.parts or "\0" in shard)

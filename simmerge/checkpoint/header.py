@@ -146,9 +146,7 @@ def _metadata(file: Path, value: Any) -> dict[str, str]:
     entries = cast("dict[str, Any]", value)
     for key, text in entries.items():
         if not isinstance(text, str):
-            _fail(
-                file, f"'__metadata__' must map strings to strings, got {key!r}: {_show(text)}", _WRITE_AGAIN
-            )
+            _fail(file, f"'__metadata__' must map strings to strings, got {key!r}: {_show(text)}", _WRITE_AGAIN)
     return cast("dict[str, str]", entries)
 
 

@@ -54,9 +54,7 @@ def parse_object(raw: bytes, where: str, advice: str, *, constants: bool = False
             # Only an escape can make an unpaired surrogate, which no digest or file could hold.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{where} is not UTF-8: {error.reason} at byte {error.start}. {advice}"
-        ) from None
+        raise CheckpointError(f"{where} is not UTF-8: {error.reason} at byte {error.start}. {advice}") from None
     except UnicodeEncodeError:
         raise CheckpointError(f"{where} holds a string with an unpaired surrogate. {advice}") from None
     except _DuplicateKeyError as error:

@@ -6,7 +6,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from simmerge.cli.common import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, console, example, opened, print_json
+from simmerge.cli.common import (
+    DEFAULT_WORKSPACE,
+    JsonOption,
+    WorkspaceOption,
+    console,
+    example,
+    opened,
+    print_json,
+)
 
 app = typer.Typer(help="Checkpoints, lineage, compatibility.", no_args_is_help=True)
 
@@ -25,7 +33,8 @@ def add(
     base: Annotated[str | None, typer.Option("--base", "-b", help="Catalogued base that they descend from.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name, if it is not the folder's (one path only).")] = None,
     allow_foreign: Annotated[
-        bool, typer.Option("--allow-foreign", help="Keep one that does not descend from the base; never merged.")
+        bool,
+        typer.Option("--allow-foreign", help="Keep one that does not descend from the base; never merged."),
     ] = False,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,

@@ -12,7 +12,8 @@ def demo(
     budget: Annotated[int, typer.Option("--budget", "-b", min=1, help="Full evaluations of candidates.")] = 5,
     seed: SeedOption = 0,
     workspace: Annotated[
-        Path, typer.Option("--workspace", "-w", help="Folder of the demo's workspace; kept, and gone on with.")
+        Path,
+        typer.Option("--workspace", "-w", help="Folder of the demo's workspace; kept, and gone on with."),
     ] = Path(".simmerge/demo"),
     as_json: JsonOption = False,
 ) -> None:

@@ -44,10 +44,9 @@ def merge(
     The folder loads with AutoModelForCausalLM and carries its recipe, its inputs' digests and a model card.
     """
     plan = read_recipe_file(recipe)
-    with opened(workspace) as project:
-        with bar("tensors", 1, as_json) as step:
-            result = project.merge(plan, out)
-            step()
+    with opened(workspace) as project, bar("tensors", 1, as_json) as step:
+        result = project.merge(plan, out)
+        step()
     facts = {"path": str(result.path), "recipe_id": result.recipe_id, "sha256": result.content_sha256,
              "bytes": result.stored_bytes}  # fmt: skip
     if as_json:
@@ -117,5 +116,7 @@ def report(
 def register(app: typer.Typer) -> None:
     """Add these commands to the root."""
     app.command(epilog=example("simmerge merge recipe.yaml merged/"))(merge)
-    app.command(epilog=example("simmerge evaluate german code -t text_german", "simmerge evaluate recipe.yaml"))(evaluate)
+    app.command(epilog=example("simmerge evaluate german code -t text_german", "simmerge evaluate recipe.yaml"))(
+        evaluate
+    )
     app.command(epilog=example("simmerge report", "simmerge report 0123456789abcdef"))(report)

@@ -24,11 +24,13 @@ NamesArgument = Annotated[
     list[str] | None, typer.Argument(help="Checkpoints to consider; all that have a base by default.")
 ]
 TasksOption = Annotated[
-    list[str] | None, typer.Option("--task", "-t", help="Task that the merge is to be good at; repeat for more.")
+    list[str] | None,
+    typer.Option("--task", "-t", help="Task that the merge is to be good at; repeat for more."),
 ]
 ProbesOption = Annotated[Path | None, typer.Option("--probes", help="Texts to run, JSONL or plain, without labels.")]
 SizesOption = Annotated[
-    list[int] | None, typer.Option("--size", "-k", min=2, help="Checkpoints in one merge; repeat for more. Default 2.")
+    list[int] | None,
+    typer.Option("--size", "-k", min=2, help="Checkpoints in one merge; repeat for more. Default 2."),
 ]
 OperatorsOption = Annotated[
     list[str] | None, typer.Option("--operator", "-o", help="Only this operator; repeat for more.")
@@ -174,7 +176,9 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=example("simmerge fingerprint", "simmerge fingerprint german code --probes probes.jsonl"))(
         fingerprint
     )
-    app.command(epilog=example("simmerge rank german code reverse -t text_german -t text_code", "simmerge rank -k 2 -k 3"))(
-        rank
+    app.command(
+        epilog=example("simmerge rank german code reverse -t text_german -t text_code", "simmerge rank -k 2 -k 3")
+    )(rank)
+    app.command(epilog=example("simmerge search german code -t text_german -t text_code --budget 5 --out merged"))(
+        search
     )
-    app.command(epilog=example("simmerge search german code -t text_german -t text_code --budget 5 --out merged"))(search)

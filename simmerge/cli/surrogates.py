@@ -17,11 +17,10 @@ from simmerge.cli.common import (
 )
 
 app = typer.Typer(help="The surrogate: predictions of scores from features.", no_args_is_help=True)
-TableOption = Annotated[
-    Path | None, typer.Option("--table", help="Score table (Parquet); the shipped one by default.")
-]
+TableOption = Annotated[Path | None, typer.Option("--table", help="Score table (Parquet); the shipped one by default.")]
 WithoutOption = Annotated[
-    list[str] | None, typer.Option("--without", help="Leave out every merge of this checkpoint; repeat for more.")
+    list[str] | None,
+    typer.Option("--without", help="Leave out every merge of this checkpoint; repeat for more."),
 ]
 ProbesOption = Annotated[Path | None, typer.Option("--probes", help="Texts that the fingerprints are made with.")]
 

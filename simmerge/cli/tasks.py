@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from simmerge.cli.common import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, console, example, opened, print_json
+from simmerge.cli.common import (
+    DEFAULT_WORKSPACE,
+    JsonOption,
+    WorkspaceOption,
+    console,
+    example,
+    opened,
+    print_json,
+)
 
 app = typer.Typer(help="Tasks: lm-eval YAMLs over local files.", no_args_is_help=True)
 

@@ -6,8 +6,9 @@ An item is one line, `name input = answer`, in letters or digits that are single
     join 46 , 53 = 5346
 
 The base model has seen every skill, but the names of ten of them (`NAMELESS`) were drawn at random
-among these ten, so it can do most of them and does not know which name means which. Six are tasks. An expert learns what a name means. An item belongs to the evaluation if the hash of
-its input says so (one input in eight); no training line of base or expert has such an input.
+among these ten, so it can do most of them and does not know which name means which. Six are tasks. An
+expert learns what a name means. An item belongs to the evaluation if the hash of its input says so (one
+input in eight); no training line of base or expert has such an input.
 """
 
 import hashlib

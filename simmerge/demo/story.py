@@ -29,8 +29,11 @@ PROMPT = "reverse k d a t ="
 
 
 def asked_tasks(table: ScoreTable, base: str, names: Sequence[str], tasks: Sequence[str]) -> tuple[str, ...]:
-    """Tasks that the checkpoints asked about were made for: at least one of them gains half of what the best
-    single checkpoint of all gains. Only single checkpoints' scores are looked at."""
+    """Tasks that the checkpoints asked about were made for.
+
+    At least one of them gains half of what the best single checkpoint of all gains. Only the scores of single
+    checkpoints are looked at.
+    """
     everyone = sorted({name for name, _ in table.singles if name != base})
     found: list[str] = []
     for task in tasks:
@@ -73,7 +76,10 @@ def run_demo(workspace: Path, *, budget: int = 5, seed: int = 0, quiet: bool = F
         prepared = prepare(project, HELD_OUT, tasks, probes, progress=say)
         asked = question(table, HELD_OUT, prepared.objective)
         ranking = rank_candidates(prepared, model, asked.recipes)
-        say("rank", f"{len(asked.recipes)} candidates over {', '.join(HELD_OUT)}; none of them was measured for this")
+        say(
+            "rank",
+            f"{len(asked.recipes)} candidates over {', '.join(HELD_OUT)}; none of them was measured for this",
+        )
         lines = baseline_lines(table, prepared, asked, seen, rows, seed)
         compared = [(line.name, line.recipe) for line in lines if line.recipe is not None]
 
@@ -121,7 +127,9 @@ def baseline_lines(
 def demo_story(found: Found, lines: Sequence[Line], asked: Question, recorded: int, rows: int) -> Story:
     """Baselines, budget curves and caveats of the demo's report."""
     by_id = dict(zip(asked.ids, (float(v) for v in asked.recorded), strict=True))
-    ours = asked.line("SimMerge", by_id[found.best.candidate.recipe_id], len(found.evaluated), found.best.candidate.recipe)
+    ours = asked.line(
+        "SimMerge", by_id[found.best.candidate.recipe_id], len(found.evaluated), found.best.candidate.recipe
+    )
     zero = found.evaluated[0].candidate
     first = asked.line("SimMerge, first guess", by_id[zero.recipe_id], 0, zero.recipe)
     compared = {c.name: c for c in found.comparisons}
@@ -155,7 +163,11 @@ def demo_story(found: Found, lines: Sequence[Line], asked: Question, recorded: i
     )
     candidates = [(i, v, 0.0) for i, v in by_id.items()]
     return Story(
-        baselines=tuple(shown), ladder=(random_curve(asked),), recorded=tuple(candidates), notes=notes, prompt=PROMPT
+        baselines=tuple(shown),
+        ladder=(random_curve(asked),),
+        recorded=tuple(candidates),
+        notes=notes,
+        prompt=PROMPT,
     )
 
 

@@ -106,9 +106,7 @@ def bible_chapters(root: Path) -> dict[str, list[str]]:
 
 def bible_documents(root: Path) -> list[Document]:
     """The opening of every chapter; splits go by chapter, so no two splits share one."""
-    documents = [
-        Document(name, next(_pack(verses, name, " ")).text) for name, verses in bible_chapters(root).items()
-    ]
+    documents = [Document(name, next(_pack(verses, name, " ")).text) for name, verses in bible_chapters(root).items()]
     return [d for d in documents if len(d.text.encode()) <= DOCUMENT_BYTES * 1.6]
 
 

@@ -69,8 +69,7 @@ def answers(bundled: Bundle, scored: Scored, task: int) -> list[list[tuple[float
     """
     values, greedy = scored.loglikelihood.tolist(), scored.greedy.tolist()
     return [
-        [(sum(values[first:last]), all(greedy[first:last])) for first, last in item]
-        for item in bundled.spans[task]
+        [(sum(values[first:last]), all(greedy[first:last])) for first, last in item] for item in bundled.spans[task]
     ]
 
 

@@ -152,6 +152,5 @@ def _refuse_overlap(task: str, splits: Mapping[str, tuple[Row, ...]]) -> None:
                 )
             if row.get("id") is not None and ids.setdefault(name, split) != split:
                 raise EvaluationError(
-                    f"task '{task}': item id '{name}' stands in splits '{ids[name]}' and '{split}'; "
-                    "ids must differ"
+                    f"task '{task}': item id '{name}' stands in splits '{ids[name]}' and '{split}'; ids must differ"
                 )

@@ -196,9 +196,7 @@ def _check_metric(task: Task, lm_task: Any) -> None:
     metric, _, wanted = task.score_metric.partition(",")
     filters = [cast(str, ensemble.name) for ensemble in lm_task._filters]
     if wanted and wanted not in filters:
-        raise EvaluationError(
-            f"task '{task.name}': no filter '{wanted}' for its score; it has {', '.join(filters)}"
-        )
+        raise EvaluationError(f"task '{task.name}': no filter '{wanted}' for its score; it has {', '.join(filters)}")
     aggregation = cast(dict[str, Any], lm_task.aggregation()).get(metric, mean)
     if metric != NLL and aggregation not in (mean, bits_per_byte):
         raise EvaluationError(
@@ -212,9 +210,7 @@ def max_length(model: Any, tokenizer: Any) -> int:
     return int(resolve_max_length(model.config, tokenizer, default=_HFLM._DEFAULT_MAX_LENGTH))
 
 
-def tokenised(
-    compiled: CompiledSplit, config: Any, tokenizer: Any
-) -> tuple[tuple[tuple[TokenRequest, ...], ...], ...]:
+def tokenised(compiled: CompiledSplit, config: Any, tokenizer: Any) -> tuple[tuple[tuple[TokenRequest, ...], ...], ...]:
     """Token requests of every instance of every item: `[item][instance][window]`.
 
     A text of `loglikelihood_rolling` is cut into windows as lm-eval cuts it: each token is predicted

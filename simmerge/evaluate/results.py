@@ -69,9 +69,5 @@ def choice_nll(loglikelihoods: Sequence[float], gold: int) -> float:
 
 def mean_extras(measured: Sequence[Measured]) -> dict[str, float]:
     """Plain means over items of what every item has in `extra`, by name."""
-    names = (
-        [name for name in measured[0].extra if all(name in item.extra for item in measured)]
-        if measured
-        else []
-    )
+    names = [name for name in measured[0].extra if all(name in item.extra for item in measured)] if measured else []
     return {name: weighted_mean([item.extra[name] for item in measured]) for name in names}

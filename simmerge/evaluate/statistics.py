@@ -109,9 +109,7 @@ def paired_bootstrap(
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
     """
     if draws < 100 or not 0.0 < level < 1.0:
-        raise RangeError(
-            f"bootstrap: draws must be at least 100 and level in (0, 1), got {draws} and {level}"
-        )
+        raise RangeError(f"bootstrap: draws must be at least 100 and level in (0, 1), got {draws} and {level}")
     a, b, w = _paired(first, second)
     n = len(w)
     numerator = w * (a - b)
@@ -149,9 +147,7 @@ def mcnemar_exact(first: Sequence[ItemResult], second: Sequence[ItemResult]) -> 
     """
     a, b, _ = _paired(first, second)
     if not np.isin(np.concatenate([a, b]), (0.0, 1.0)).all():
-        raise RangeError(
-            "McNemar's test needs values of 0 or 1 (right or wrong); use paired_bootstrap for others"
-        )
+        raise RangeError("McNemar's test needs values of 0 or 1 (right or wrong); use paired_bootstrap for others")
     first_only = int(np.sum(a > b))
     second_only = int(np.sum(b > a))
     n = first_only + second_only
@@ -163,9 +159,7 @@ def _checked(values: ArrayLike, weights: ArrayLike | None) -> tuple[NDArray[np.f
     v = np.asarray(values, dtype=np.float64)
     w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
     if v.ndim != 1 or len(v) == 0 or v.shape != w.shape:
-        raise RangeError(
-            f"a mean needs a list of values and as many weights, got shapes {v.shape} and {w.shape}"
-        )
+        raise RangeError(f"a mean needs a list of values and as many weights, got shapes {v.shape} and {w.shape}")
     if not np.isfinite(v).all() or not np.isfinite(w).all() or (w <= 0.0).any():
         raise RangeError("a mean needs finite values and finite weights above 0")
     return v, w
@@ -186,7 +180,5 @@ def _paired(
     a, w = _checked([one[n].value for n in names], [one[n].weight for n in names])
     b, other = _checked([two[n].value for n in names], [two[n].weight for n in names])
     if not np.array_equal(w, other):
-        raise UsageError(
-            "a paired comparison needs the same weights on both sides; compare scores of one task"
-        )
+        raise UsageError("a paired comparison needs the same weights on both sides; compare scores of one task")
     return a, b, w

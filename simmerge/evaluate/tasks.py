@@ -108,8 +108,7 @@ def load_task(path: str | Path) -> Task:
     output_type = config.get("output_type")
     if output_type not in OUTPUT_TYPES:
         raise EvaluationError(
-            f"task '{name}': output_type must be one of {', '.join(OUTPUT_TYPES)}; "
-            f"got {output_type!r} in '{file}'"
+            f"task '{name}': output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r} in '{file}'"
         )
     said = _said(name, config)
     metric = _metric(name, config, output_type, said.get("score"))
@@ -143,9 +142,7 @@ def load_tasks(source: str | Path | Sequence[str | Path]) -> tuple[Task, ...]:
     sources = [source] if isinstance(source, str | Path) else list(source)
     files: list[Path] = []
     for each in map(Path, sources):
-        files += (
-            sorted(p for p in each.rglob("*") if p.suffix in (".yaml", ".yml")) if each.is_dir() else [each]
-        )
+        files += sorted(p for p in each.rglob("*") if p.suffix in (".yaml", ".yml")) if each.is_dir() else [each]
     tasks = tuple(load_task(file) for file in files)
     if not tasks:
         raise EvaluationError(f"no task in {', '.join(map(str, sources))}: expected *.yaml files")
@@ -193,9 +190,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(found.get("task"), str) or not found["task"]:
         raise EvaluationError(f"task '{path}' must have a name under 'task', got {found.get('task')!r}")
     if "include" in found:
-        raise EvaluationError(
-            f"task '{found['task']}': 'include' is not followed; write the task out in '{path}'"
-        )
+        raise EvaluationError(f"task '{found['task']}': 'include' is not followed; write the task out in '{path}'")
     return found
 
 
@@ -229,9 +224,7 @@ def data_files(path: Path, config: Mapping[str, Any]) -> dict[str, tuple[Path, .
     for split, given in mapping.items():
         listed = cast(list[object], given) if isinstance(given, list) else [given]
         if not listed or not all(isinstance(item, str) for item in listed):
-            raise EvaluationError(
-                f"task '{name}': data_files.{split} must be a path or a list of paths, got {given!r}"
-            )
+            raise EvaluationError(f"task '{name}': data_files.{split} must be a path or a list of paths, got {given!r}")
         result[split] = tuple(path.parent / cast(str, item) for item in listed)
     return result
 
@@ -256,9 +249,7 @@ def task_digest(path: Path, config: Mapping[str, Any]) -> str:
 
 def _said(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     metadata: object = config.get("metadata") or {}
-    said: object = (
-        cast(dict[str, object], metadata).get("simmerge", {}) if isinstance(metadata, dict) else None
-    )
+    said: object = cast(dict[str, object], metadata).get("simmerge", {}) if isinstance(metadata, dict) else None
     if not isinstance(said, dict):
         raise EvaluationError(f"task '{name}': metadata.simmerge must be a mapping, got {said!r}")
     for key in cast(dict[str, Any], said):

@@ -27,9 +27,7 @@ def plain(value: Any, what: str) -> Any:
     try:
         return json.loads(json.dumps(_thawed(value), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"{what} must be plain data (text, finite numbers, lists, mappings), got {error}"
-        ) from error
+        raise UsageError(f"{what} must be plain data (text, finite numbers, lists, mappings), got {error}") from error
 
 
 def _thawed(value: Any) -> Any:

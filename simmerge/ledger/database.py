@@ -28,11 +28,7 @@ def connect(where: str | Path) -> Engine:
     Raises:
         WorkspaceError: the database cannot be opened, is damaged, or was made by a newer version.
     """
-    url = (
-        make_url(where)
-        if isinstance(where, str) and "://" in where
-        else sa.URL.create("sqlite", database=str(where))
-    )
+    url = make_url(where) if isinstance(where, str) and "://" in where else sa.URL.create("sqlite", database=str(where))
     shown = url.render_as_string(hide_password=True)
     with guard(shown):
         engine = sa.create_engine(url, json_serializer=_json)

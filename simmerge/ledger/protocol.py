@@ -50,9 +50,7 @@ class Ledger(Protocol):
         """
         ...
 
-    def put_task(
-        self, *, name: str, digest: str, path: str, facts: Mapping[str, Any] | None = None
-    ) -> TaskEntry:
+    def put_task(self, *, name: str, digest: str, path: str, facts: Mapping[str, Any] | None = None) -> TaskEntry:
         """Add a task, or a new version of one; a version that is known becomes the current one."""
         ...
 

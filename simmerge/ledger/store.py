@@ -85,10 +85,7 @@ class SqlLedger:
         # Two processes may add the same name; the second one's row is refused, and it finds the first's.
         with contextlib.suppress(exc.IntegrityError), self._write() as session:
             if session.scalar(sa.select(CheckpointRow).where(*_present(name))) is None:
-                if (
-                    base is not None
-                    and session.scalar(sa.select(CheckpointRow.id).where(*_present(base))) is None
-                ):
+                if base is not None and session.scalar(sa.select(CheckpointRow.id).where(*_present(base))) is None:
                     raise UnknownNameError("base checkpoint", base, _names(session), "Add the base first.")
                 session.add(row)
                 session.flush()
@@ -119,9 +116,7 @@ class SqlLedger:
         with self._write() as session:
             _checkpoint(session, name).removed_at = now()
 
-    def put_task(
-        self, *, name: str, digest: str, path: str, facts: Mapping[str, Any] | None = None
-    ) -> TaskEntry:
+    def put_task(self, *, name: str, digest: str, path: str, facts: Mapping[str, Any] | None = None) -> TaskEntry:
         """See `Ledger.put_task`."""
         kept = plain(facts or {}, f"facts of task '{name}'")
         with self._write() as session:
@@ -129,9 +124,7 @@ class SqlLedger:
             newest = max((row.current for row in versions), default=-1)
             row = next((row for row in versions if row.digest == digest), None)
             if row is None:
-                row = TaskRow(
-                    name=name, digest=digest, path=path, facts=kept, current=newest + 1, added_at=now()
-                )
+                row = TaskRow(name=name, digest=digest, path=path, facts=kept, current=newest + 1, added_at=now())
                 session.add(row)
             elif row.current < newest:
                 row.current = newest + 1
@@ -273,13 +266,9 @@ class SqlLedger:
             try:
                 with self._write() as session:
                     _run(session, run_id)
-                    last = session.scalar(
-                        sa.select(sa.func.max(EventRow.sequence)).where(EventRow.run_id == run_id)
-                    )
+                    last = session.scalar(sa.select(sa.func.max(EventRow.sequence)).where(EventRow.run_id == run_id))
                     sequence = 0 if last is None else last + 1
-                    session.add(
-                        EventRow(run_id=run_id, sequence=sequence, kind=kind, payload=kept, created_at=now())
-                    )
+                    session.add(EventRow(run_id=run_id, sequence=sequence, kind=kind, payload=kept, created_at=now()))
                 return sequence
             except exc.IntegrityError:
                 if attempt + 1 == _TRIES:
@@ -290,9 +279,7 @@ class SqlLedger:
         """See `Ledger.events`."""
         with self._read() as session:
             _run(session, run_id)
-            rows = session.scalars(
-                sa.select(EventRow).where(EventRow.run_id == run_id).order_by(EventRow.sequence)
-            )
+            rows = session.scalars(sa.select(EventRow).where(EventRow.run_id == run_id).order_by(EventRow.sequence))
             return tuple(convert.event(row) for row in rows)
 
 
@@ -318,9 +305,7 @@ def _run(session: Session, run_id: str) -> RunRow:
     return row
 
 
-def _score_key(
-    subject: str, task_digest: str, split: str, settings: str
-) -> tuple[sa.ColumnElement[bool], ...]:
+def _score_key(subject: str, task_digest: str, split: str, settings: str) -> tuple[sa.ColumnElement[bool], ...]:
     return (
         ScoreRow.subject == subject,
         ScoreRow.task_digest == task_digest,

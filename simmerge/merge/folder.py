@@ -162,7 +162,10 @@ def merge_to_folder(
         _write_company(recipe, used, folder, out.name, digest.hexdigest(), evidence or {})
     size = sum(item.size for item in planned)
     return MergedFolder(
-        path=out, recipe_id=recipe.recipe_id(used.digests), content_sha256=digest.hexdigest(), stored_bytes=size
+        path=out,
+        recipe_id=recipe.recipe_id(used.digests),
+        content_sha256=digest.hexdigest(),
+        stored_bytes=size,
     )
 
 

@@ -1,6 +1,15 @@
 """An operator says how tensors are combined; its declaration says what it takes and what it does."""
 
-from simmerge.operators.resolve import ResolvedStep, check_recipe, describe, form, label, normal_form, resolve, shares
+from simmerge.operators.resolve import (
+    ResolvedStep,
+    check_recipe,
+    describe,
+    form,
+    label,
+    normal_form,
+    resolve,
+    shares,
+)
 from simmerge.operators.spec import Coefficient, KernelCall, OperatorSpec, Option
 from simmerge.operators.table import OPERATORS, operator, operators
 

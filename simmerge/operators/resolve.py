@@ -33,7 +33,9 @@ def _number(spec: OperatorSpec, coefficient: Coefficient, value: object) -> floa
 def _coefficient(spec: OperatorSpec, coefficient: Coefficient, value: object, inputs: int) -> float | tuple[float, ...]:
     if isinstance(value, tuple):
         if not coefficient.per_input:
-            raise RecipeError(f"{spec.name}: coefficient '{coefficient.name}' takes one number, got {len(value)} values")
+            raise RecipeError(
+                f"{spec.name}: coefficient '{coefficient.name}' takes one number, got {len(value)} values"
+            )
         if len(value) != inputs:
             raise RecipeError(
                 f"{spec.name}: coefficient '{coefficient.name}' needs one value for each of the {inputs} inputs, "
@@ -90,8 +92,8 @@ def _shown(step: Step) -> str:
 
 def check_recipe(recipe: Recipe) -> None:
     """Resolve every step of a recipe, so that what is wrong is said before any work; raises as `resolve` does."""
-    for step in steps(recipe.root):
-        resolve(step)
+    for item in steps(recipe.root):
+        resolve(item)
 
 
 def describe(step: Step) -> dict[str, float]:

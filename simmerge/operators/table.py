@@ -1,4 +1,4 @@
-"""The built-in operators: a literal table. Third parties add theirs through the entry point group `simmerge.operators`."""
+"""The built-in operators, a literal table; plug-ins add theirs by the entry point group `simmerge.operators`."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -14,7 +14,13 @@ _NORMALIZE = "divide by the sum of the weights (that take part)"
 
 def _weight(levels: tuple[float, ...] = ()) -> Coefficient:
     return Coefficient(
-        name="weight", low=-2.0, high=2.0, default=1.0, per_input=True, levels=levels, help="share of each input"
+        name="weight",
+        low=-2.0,
+        high=2.0,
+        default=1.0,
+        per_input=True,
+        levels=levels,
+        help="share of each input",
     )
 
 
@@ -51,7 +57,11 @@ SLERP = OperatorSpec(
     coefficients=(
         Coefficient(name="t", low=0.0, high=1.0, default=0.5, levels=(0.3, 0.5, 0.7), help="0 first, 1 second input"),
         Coefficient(
-            name="threshold", low=0.0, high=1.0, default=0.9995, help="cosine above which it interpolates linearly"
+            name="threshold",
+            low=0.0,
+            high=1.0,
+            default=0.9995,
+            help="cosine above which it interpolates linearly",
         ),
     ),
     traits=MappingProxyType({"spherical": 1.0}),

@@ -66,7 +66,13 @@ class Answer:
                 for c in self.found.comparisons
             ],
             "baselines": [
-                {"name": b.name, "recipe": b.recipe, "evaluations": b.evaluations, "score": b.score, "regret": b.regret}
+                {
+                    "name": b.name,
+                    "recipe": b.recipe,
+                    "evaluations": b.evaluations,
+                    "score": b.score,
+                    "regret": b.regret,
+                }
                 for b in self.report.baselines
             ],
             "merged": str(self.merged),
@@ -179,7 +185,10 @@ def conclude(
     parents = [(name, name) for name in prepared.names]
 
     def progress(number: int, result: Evaluated) -> None:
-        say("evaluate", f"{number}/{budget} {label(result.candidate.recipe)}: {result.value:.3f} ± {result.stderr:.3f}")
+        say(
+            "evaluate",
+            f"{number}/{budget} {label(result.candidate.recipe)}: {result.value:.3f} ± {result.stderr:.3f}",
+        )
 
     with measurer.sources:
         found = search(

@@ -60,9 +60,9 @@ class Catalog:
         facts["file_state"] = _file_state(checkpoint)
         known = {entry.name: entry for entry in self._ledger.checkpoints()}
         entry = known.get(name)
-        if entry is not None and entry.path == str(checkpoint.path) and entry.base == base:
-            if entry.facts.get("file_state") == facts["file_state"]:
-                return entry  # nothing changed since it was read
+        same = entry is not None and (entry.path, entry.base) == (str(checkpoint.path), base)
+        if same and entry is not None and entry.facts.get("file_state") == facts["file_state"]:
+            return entry  # nothing changed since it was read
         digest = weights_digest(checkpoint, progress)
         if base is not None:
             facts["lineage"] = self._lineage(name, checkpoint, base, allow_foreign)
@@ -122,9 +122,8 @@ class Catalog:
             raise UsageError(f"the checkpoints have different bases ({', '.join(map(str, bases))}); name those of one")
         foreign = [e for e in chosen if not (e.facts.get("lineage") or {}).get("descends", True)]
         if foreign and names:
-            raise IncompatibleError(
-                f"'{foreign[0].name}' does not descend from '{foreign[0].base}': {foreign[0].facts['lineage']['reason']}"
-            )
+            reason = foreign[0].facts["lineage"]["reason"]
+            raise IncompatibleError(f"'{foreign[0].name}' does not descend from '{foreign[0].base}': {reason}")
         return tuple(entry for entry in chosen if entry not in foreign)
 
     def check(self) -> tuple[Finding, ...]:

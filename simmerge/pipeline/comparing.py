@@ -58,9 +58,7 @@ def question(table: ScoreTable, names: Sequence[str], target: Objective) -> Ques
     """Every recorded recipe over some checkpoints, with its objective."""
     chosen = table.over(names)
     recorded = [target.of({t: table.scores[i, t] for t in target.tasks}) for i, _ in chosen]
-    return Question(
-        recipes=tuple(r for _, r in chosen), ids=tuple(i for i, _ in chosen), recorded=np.array(recorded)
-    )
+    return Question(recipes=tuple(r for _, r in chosen), ids=tuple(i for i, _ in chosen), recorded=np.array(recorded))
 
 
 def past(table: ScoreTable, names: Sequence[str], singles: Mapping[tuple[str, str], float], base: str,
@@ -84,7 +82,9 @@ def past(table: ScoreTable, names: Sequence[str], singles: Mapping[tuple[str, st
 
 
 def best_form(
-    history: Sequence[tuple[Recipe, float, tuple[str, ...]]], inputs: int, operators: Sequence[str] | None = None
+    history: Sequence[tuple[Recipe, float, tuple[str, ...]]],
+    inputs: int,
+    operators: Sequence[str] | None = None,
 ) -> str | None:
     """The operator and setting that did best in the past on merges of `inputs` checkpoints, or None.
 
@@ -96,9 +96,9 @@ def best_form(
         by_set.setdefault(subset, []).append(value)
     totals: dict[str, list[float]] = {}
     for recipe, value, subset in history:
-        if len(subset) == inputs and all(isinstance(i, str) for i in recipe.root.inputs):
-            if operators is None or recipe.root.operator in operators:
-                totals.setdefault(form(recipe), []).append(value - float(np.mean(by_set[subset])))
+        one_step = len(subset) == inputs and all(isinstance(i, str) for i in recipe.root.inputs)
+        if one_step and (operators is None or recipe.root.operator in operators):
+            totals.setdefault(form(recipe), []).append(value - float(np.mean(by_set[subset])))
     ranked = sorted(totals, key=lambda f: (-float(np.mean(totals[f])), f))
     return ranked[0] if ranked else None
 

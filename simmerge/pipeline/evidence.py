@@ -9,12 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from simmerge.features.pairs import pair_matrix
+from simmerge.operators import label
 from simmerge.pipeline.measuring import Spent, load_model
 from simmerge.pipeline.predicting import Prepared
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.ranking import Ranking
 from simmerge.pipeline.searching import Comparison, Found
-from simmerge.operators import label
 from simmerge.recipe_yaml import write_recipe
 from simmerge.report.data import (
     Answer,
@@ -70,7 +70,11 @@ def generate(folder: Path, prompt: str, tokens: int = 48) -> Sample:
     model, tokenizer = load_model(str(folder))
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     ids = model.generate(
-        **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id, repetition_penalty=1.2
+        **inputs,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+        repetition_penalty=1.2,
     )
     text = tokenizer.decode(ids[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return Sample(prompt=prompt, text=text, settings=f"greedy, {tokens} tokens, repetition penalty 1.2")
@@ -84,7 +88,12 @@ def _parent(found: Found, names: Sequence[str]) -> tuple[Comparison | None, Pare
     items = sum(score.items for score in found.others[best.name].values())
     score = Measured(value=best.value, stderr=0.0, items=items)
     return best, ParentComparison(
-        name=best.name, score=score, difference=best.difference, low=best.low, high=best.high, p_value=best.p_value
+        name=best.name,
+        score=score,
+        difference=best.difference,
+        low=best.low,
+        high=best.high,
+        p_value=best.p_value,
     )
 
 

@@ -81,7 +81,10 @@ class FingerprintStore:
 
     def _make(self, entry: CheckpointEntry, base: CheckpointEntry, base_fingerprint: Fingerprint | None) -> Fingerprint:
         model, tokenizer = load_model(entry.path)
-        with TensorReader(open_checkpoint(entry.path)) as reader, TensorReader(open_checkpoint(base.path)) as parent:
+        with (
+            TensorReader(open_checkpoint(entry.path)) as reader,
+            TensorReader(open_checkpoint(base.path)) as parent,
+        ):
             return make_fingerprint(
                 checkpoint=entry.digest,
                 tensors=reader,

@@ -19,7 +19,6 @@ from simmerge.operators import normal_form
 from simmerge.recipe import Recipe
 from simmerge.types import Score
 
-
 SETTINGS = f"lm-eval {version('lm_eval')}"
 """What a score depends on beside model, task and split; another version of lm-eval measures anew."""
 

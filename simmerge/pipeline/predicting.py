@@ -119,7 +119,12 @@ def rank_candidates(prepared: Prepared, surrogate: FittedSurrogate, recipes: Seq
 
 
 def rows_of_table(
-    project: Project, table: ScoreTable, probes: ProbeSet, names: Sequence[str], *, progress: Progress = _silent
+    project: Project,
+    table: ScoreTable,
+    probes: ProbeSet,
+    names: Sequence[str],
+    *,
+    progress: Progress = _silent,
 ) -> TrainingRows:
     """Training rows of the recorded merges over `names`, whose checkpoints are catalogued here.
 

@@ -142,7 +142,11 @@ def search(
         else:
             measured[name] = measurer.checkpoint(model, target.tasks, "report")
     comparisons = tuple(compare(name, report, scores, target, seed) for name, scores in measured.items())
-    answer = {"recipe_id": best.candidate.recipe_id, "recipe": to_dict(best.candidate.recipe), "value": best.value}
+    answer = {
+        "recipe_id": best.candidate.recipe_id,
+        "recipe": to_dict(best.candidate.recipe),
+        "value": best.value,
+    }
     if not any(e.kind == "answer" for e in ledger.events(run.run_id)):
         ledger.append_event(run.run_id, "answer", answer)
     ledger.finish_run(run.run_id)
@@ -160,10 +164,17 @@ def search(
 
 
 def compare(
-    name: str, ours: dict[str, Score], other: dict[str, Score], target: Objective, seed: int, draws: int = 2000
+    name: str,
+    ours: dict[str, Score],
+    other: dict[str, Score],
+    target: Objective,
+    seed: int,
+    draws: int = 2000,
 ) -> Comparison:
-    """Paired bootstrap of the objective's difference: items are drawn anew within every task, for both models
-    alike (Efron and Tibshirani 1993, chapter 16)."""
+    """Paired bootstrap of the objective's difference (Efron and Tibshirani 1993, chapter 16).
+
+    Items are drawn anew within every task, the same for both models.
+    """
     rng = np.random.default_rng([seed, 11])
     total = np.zeros(draws)
     shares = np.asarray(target.weights) / np.sum(target.weights)
@@ -179,5 +190,10 @@ def compare(
     low, high = (float(v) for v in np.quantile(total, [0.025, 0.975]))
     tail = min(float(np.mean(total <= 0)), float(np.mean(total >= 0)))
     return Comparison(
-        name=name, value=value, difference=difference, low=low, high=high, p_value=min(1.0, 2 * max(tail, 1 / draws))
+        name=name,
+        value=value,
+        difference=difference,
+        low=low,
+        high=high,
+        p_value=min(1.0, 2 * max(tail, 1 / draws)),
     )

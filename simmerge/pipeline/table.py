@@ -15,7 +15,19 @@ from simmerge.recipe import Recipe, from_dict
 from simmerge.surrogate.rows import TrainingRows
 from simmerge.types import FeatureExtractor
 
-COLUMNS = ("subject", "kind", "recipe", "operator", "form", "sources", "task", "split", "score", "stderr", "items")
+COLUMNS = (
+    "subject",
+    "kind",
+    "recipe",
+    "operator",
+    "form",
+    "sources",
+    "task",
+    "split",
+    "score",
+    "stderr",
+    "items",
+)
 MIN_SCALE = {"accuracy": 0.05, "bits per byte": 0.02}
 """Least unit that gains are counted in, by the task's unit: a task that no checkpoint moves teaches nothing."""
 

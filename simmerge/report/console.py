@@ -26,9 +26,7 @@ def _cell(value: str, style: str = "") -> Text:
 
 
 def _table(title: str) -> Table:
-    return Table(
-        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    return Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -135,6 +135,4 @@ def from_json(text: str) -> ReportData:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise UsageError(
-            f"report data: {where}: {first['msg']}. Make the file again with `to_json`."
-        ) from error
+        raise UsageError(f"report data: {where}: {first['msg']}. Make the file again with `to_json`.") from error

@@ -35,8 +35,7 @@ def plain(text: str) -> str:
 def _hover(candidate: Candidate, rank: int) -> str:
     lines = [
         f"{rank}. {candidate.label}",
-        f"predicted {number(candidate.predicted.mean)} "
-        f"{interval(candidate.predicted.low, candidate.predicted.high)}",
+        f"predicted {number(candidate.predicted.mean)} {interval(candidate.predicted.low, candidate.predicted.high)}",
     ]
     if candidate.measured is not None:
         spread = "" if candidate.stderr is None else f" ± {error(candidate.stderr)}"
@@ -123,9 +122,7 @@ def ranking(candidates: Sequence[Candidate], shown: int = BARS_SHOWN) -> Figure:
                 "ticktext": [plain(f"{shorten(c.label, 44)} {_rank(rank)}") for rank, c in rows],
             },
         },
-        "narrow": {
-            "yaxis": {"ticktext": [plain(f"{shorten(c.label, 17)} {_rank(rank)}") for rank, c in rows]}
-        },
+        "narrow": {"yaxis": {"ticktext": [plain(f"{shorten(c.label, 17)} {_rank(rank)}") for rank, c in rows]}},
     }
 
 
@@ -212,12 +209,7 @@ def agreement(candidates: Sequence[Candidate]) -> str:
 
 def off_diagonal(matrix: SimilarityMatrix) -> list[float]:
     """Defined values of ordered pairs of two different checkpoints, row by row."""
-    return [
-        value
-        for i, row in enumerate(matrix.values)
-        for j, value in enumerate(row)
-        if i != j and value is not None
-    ]
+    return [value for i, row in enumerate(matrix.values) for j, value in enumerate(row) if i != j and value is not None]
 
 
 def heat_map(similarity: Similarity, which: int) -> Figure:
@@ -250,9 +242,7 @@ def heat_map(similarity: Similarity, which: int) -> Figure:
     }
     if size <= 12:  # more would not be legible; the values stay in the hover text and in the table
         trace["colorscale"] = PALE
-        trace["text"] = [
-            ["" if i == j else short(v) for j, v in enumerate(row)] for i, row in enumerate(matrix.values)
-        ]
+        trace["text"] = [["" if i == j else short(v) for j, v in enumerate(row)] for i, row in enumerate(matrix.values)]
         trace["texttemplate"] = "%{text}"
         trace["textfont"] = {"color": "#000000", "size": 13}
     labels, brief = (
@@ -326,16 +316,12 @@ def ladder(curves: Sequence[BudgetCurve]) -> Figure:
                     "symbol": "diamond" if curve.ours else SYMBOLS[others % len(SYMBOLS)],
                     "size": 8 if curve.ours else 6,
                 },
-                "hovertext": [
-                    plain(f"{curve.method}: {number(y)} after {spent(x)}") for x, y in curve.points
-                ],
+                "hovertext": [plain(f"{curve.method}: {number(y)} after {spent(x)}") for x, y in curve.points],
                 "hoverinfo": "text",
             }
         )
         others += not curve.ours
-    ends = "; ".join(
-        f"{c.method} {number(c.points[-1][1])} after {spent(c.points[-1][0])}" for c in curves if c.points
-    )
+    ends = "; ".join(f"{c.method} {number(c.points[-1][1])} after {spent(c.points[-1][0])}" for c in curves if c.points)
     return {
         "id": "ladder",
         "summary": f"Best score so far against full evaluations. At the end: {ends}.",

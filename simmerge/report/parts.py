@@ -125,9 +125,7 @@ class ParentComparison:
     split: str = "report"
 
     def __post_init__(self) -> None:
-        _check_finite(
-            f"comparison with '{self.name}'", difference=self.difference, low=self.low, high=self.high
-        )
+        _check_finite(f"comparison with '{self.name}'", difference=self.difference, low=self.low, high=self.high)
         _check_order(f"comparison with '{self.name}'", self.low, self.high)
         _check_p(f"comparison with '{self.name}'", self.p_value)
 
@@ -231,9 +229,7 @@ class Similarity:
         size = len(self.names)
         for matrix in self.matrices:
             for row in matrix.values:
-                _check_finite(
-                    f"similarity '{matrix.measure}'", **{f"column {j}": v for j, v in enumerate(row)}
-                )
+                _check_finite(f"similarity '{matrix.measure}'", **{f"column {j}": v for j, v in enumerate(row)})
             shape = [len(row) for row in matrix.values]
             if shape != [size] * size:
                 raise UsageError(
@@ -336,9 +332,7 @@ class Baseline:
 
     def __post_init__(self) -> None:
         owner = f"baseline '{self.name}'"
-        _check_finite(
-            owner, score=self.score, regret=self.regret, gap=self.gap, low=self.gap_low, high=self.gap_high
-        )
+        _check_finite(owner, score=self.score, regret=self.regret, gap=self.gap, low=self.gap_low, high=self.gap_high)
         _check_order(owner, self.gap_low, self.gap_high)
         _check_counts(owner, evaluations=self.evaluations)
         _check_p(owner, self.p_value)
@@ -359,9 +353,7 @@ class BudgetCurve:
             _check_finite(f"budget curve '{self.method}'", evaluations=x, score=y)
         xs = [x for x, _ in self.points]
         if xs != sorted(xs):
-            raise UsageError(
-                f"budget curve '{self.method}': evaluations must ascend, got {xs}. Sort the points."
-            )
+            raise UsageError(f"budget curve '{self.method}': evaluations must ascend, got {xs}. Sort the points.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,9 +35,7 @@ def comparison(data: ReportData) -> str:
     ends = text.interval(parent.low, parent.high)
     size = text.number(abs(parent.difference))
     if parent.verdict == "better":
-        return (
-            f"It scores {size} more than its best parent, {parent.name} (interval of the difference {ends})."
-        )
+        return f"It scores {size} more than its best parent, {parent.name} (interval of the difference {ends})."
     if parent.verdict == "worse":
         return (
             f"It scores {size} less than its best parent, {parent.name} (interval of the difference {ends}): "
@@ -57,9 +55,7 @@ def saving(spent: Spend) -> str:
     parts = [
         f"{text.count(spent.full_evaluations)} of {text.count(full.full_evaluations)} full evaluations "
         f"({text.share(spent.full_evaluations, full.full_evaluations)})",
-        f"{text.duration(spent.seconds)} of {text.duration(full.seconds)} "
-        f"({text.share(spent.seconds, full.seconds)})",
-        f"{text.count(spent.items)} of {text.count(full.items)} items "
-        f"({text.share(spent.items, full.items)})",
+        f"{text.duration(spent.seconds)} of {text.duration(full.seconds)} ({text.share(spent.seconds, full.seconds)})",
+        f"{text.count(spent.items)} of {text.count(full.items)} items ({text.share(spent.items, full.items)})",
     ]
     return "; ".join(parts)

@@ -127,6 +127,5 @@ def shorten(text: str, width: int) -> str:
 def printable(text: str) -> str:
     """`text` with control and format characters replaced, so that a name cannot steer a terminal."""
     return "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf") and c != "\n" else c
-        for c in text
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf") and c != "\n" else c for c in text
     )

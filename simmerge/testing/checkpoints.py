@@ -121,9 +121,7 @@ def _tokenizer(size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def perturb(src: Path | str, dst: Path | str, *, seed: int, scale: float) -> Path:
@@ -150,9 +148,7 @@ def perturb(src: Path | str, dst: Path | str, *, seed: int, scale: float) -> Pat
     return rewrite(src, dst, noisy)
 
 
-def rewrite(
-    src: Path | str, dst: Path | str, change: Callable[[str, torch.Tensor], torch.Tensor | None]
-) -> Path:
+def rewrite(src: Path | str, dst: Path | str, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Path:
     """Write a copy of a checkpoint with `change(name, tensor)` for each tensor; None leaves it out."""
     source, folder = Path(src), Path(dst)
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,7 @@ from simmerge.errors import CheckpointError
 from simmerge.testing.checkpoints import perturb, rewrite, tiny_llama
 
 
-def folder_of(
-    path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None
-) -> Checkpoint:
+def folder_of(path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> Checkpoint:
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config or {}))
     save_file(tensors, path / "model.safetensors")
@@ -55,9 +53,7 @@ def test_facts_that_the_config_lacks_are_none(tmp_path: Path) -> None:
 
 def test_other_spellings_and_a_nested_text_config_are_understood(tmp_path: Path) -> None:
     gpt2 = folder_of(tmp_path / "a", {"x": torch.ones(2)}, {"n_embd": 8, "n_layer": 3, "architectures": []})
-    nested = folder_of(
-        tmp_path / "b", {"x": torch.ones(2)}, {"text_config": {"hidden_size": 9}, "vocab_size": "no"}
-    )
+    nested = folder_of(tmp_path / "b", {"x": torch.ones(2)}, {"text_config": {"hidden_size": 9}, "vocab_size": "no"})
     assert (gpt2.hidden_size, gpt2.layers, gpt2.architecture) == (8, 3, None)
     assert (nested.hidden_size, nested.layers, nested.vocabulary_size) == (9, None, None)
 
@@ -125,16 +121,12 @@ NOT_FINITE = [(dtype, value) for dtype in FLOATS for value in (NAN, INF, -INF)]
     ("dtype", "value"),
     [*NOT_FINITE, (torch.float8_e4m3fn, NAN)],  # this one has no infinity
 )
-def test_entries_that_are_not_finite_are_counted_and_named(
-    dtype: torch.dtype, value: float, tmp_path: Path
-) -> None:
+def test_entries_that_are_not_finite_are_counted_and_named(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
     tensor = torch.ones(300_000, dtype=torch.float32)
     tensor[[0, 131_072, 299_999]] = value
     stored = tensor.to(dtype)
     checkpoint = folder_of(tmp_path / "a", {"fine": torch.ones(4), "layers.0.weight": stored})
-    with pytest.raises(
-        CheckpointError, match=r"'layers.0.weight' has 3 of 300000 entries that are NaN or inf"
-    ):
+    with pytest.raises(CheckpointError, match=r"'layers.0.weight' has 3 of 300000 entries that are NaN or inf"):
         weights_digest(checkpoint)
 
 
@@ -189,16 +181,12 @@ OTHER: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_what_decides_no_token_id_leaves_the_tokenizer_digest(
-    case: str, base_folder: Path, tmp_path: Path
-) -> None:
+def test_what_decides_no_token_id_leaves_the_tokenizer_digest(case: str, base_folder: Path, tmp_path: Path) -> None:
     assert changed_tokenizer(base_folder, tmp_path / "t", SAME[case]) == tokenizer_digest(base_folder)
 
 
 @pytest.mark.parametrize("case", OTHER)
-def test_what_decides_token_ids_changes_the_tokenizer_digest(
-    case: str, base_folder: Path, tmp_path: Path
-) -> None:
+def test_what_decides_token_ids_changes_the_tokenizer_digest(case: str, base_folder: Path, tmp_path: Path) -> None:
     assert changed_tokenizer(base_folder, tmp_path / "t", OTHER[case]) != tokenizer_digest(base_folder)
 
 
@@ -220,9 +208,7 @@ def test_a_broken_tokenizer_is_refused(text: str, tmp_path: Path) -> None:
         tokenizer_digest(tmp_path)
 
 
-def test_a_perturbed_copy_keeps_the_tokenizer_and_changes_the_weights(
-    base_folder: Path, tmp_path: Path
-) -> None:
+def test_a_perturbed_copy_keeps_the_tokenizer_and_changes_the_weights(base_folder: Path, tmp_path: Path) -> None:
     copy = perturb(base_folder, tmp_path / "c", seed=1, scale=0.01)
     assert tokenizer_digest(copy) == tokenizer_digest(base_folder)
     assert weights_digest(open_checkpoint(copy)) != weights_digest(open_checkpoint(base_folder))

@@ -91,9 +91,7 @@ DIFFERENCE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", DIFFERENCE)
-def test_each_difference_is_one_problem(
-    case: str, base: Checkpoint, base_folder: Path, tmp_path: Path
-) -> None:
+def test_each_difference_is_one_problem(case: str, base: Checkpoint, base_folder: Path, tmp_path: Path) -> None:
     change, message = DIFFERENCE[case]
     found = problems(base, configured(base_folder, tmp_path / "o", change))
     assert len(found) == 1
@@ -114,21 +112,15 @@ def test_old_and_new_spelling_of_a_rotary_scaling_agree(base_folder: Path, tmp_p
 
 def test_rotary_settings_by_layer_type_are_compared_by_layer_type(base_folder: Path, tmp_path: Path) -> None:
     def nested(theta: float) -> Callable[[dict[str, Any]], Any]:
-        return lambda c: c.update(
-            rope_parameters={"full_attention": {"rope_theta": theta, "rope_type": "default"}}
-        )
+        return lambda c: c.update(rope_parameters={"full_attention": {"rope_theta": theta, "rope_type": "default"}})
 
     one, two = (configured(base_folder, tmp_path / str(t), nested(t)) for t in (1e4, 1e6))
-    assert problems(one, two) == (
-        "rotary full_attention.rope_theta: 10000.0 in '10000.0', 1000000.0 in '1000000.0'",
-    )
+    assert problems(one, two) == ("rotary full_attention.rope_theta: 10000.0 in '10000.0', 1000000.0 in '1000000.0'",)
     assert problems(one, open_checkpoint(base_folder)) == ()
 
 
 def test_missing_and_extra_tensors_are_named_up_to_three_and_counted(tmp_path: Path) -> None:
-    two, one = (
-        open_checkpoint(tiny_llama(tmp_path / n, hidden=8, layers=k)) for n, k in (("two", 2), ("one", 1))
-    )
+    two, one = (open_checkpoint(tiny_llama(tmp_path / n, hidden=8, layers=k)) for n, k in (("two", 2), ("one", 1)))
     assert problems(two, one) == (
         "tensors: 'one' lacks 9: 'model.layers.1.input_layernorm.weight', "
         "'model.layers.1.mlp.down_proj.weight', 'model.layers.1.mlp.gate_proj.weight', …",
@@ -136,14 +128,10 @@ def test_missing_and_extra_tensors_are_named_up_to_three_and_counted(tmp_path: P
     assert problems(one, two)[0].startswith("tensors: 'two' also has 9: ")
 
 
-def test_a_shape_is_named_with_both_and_many_are_counted(
-    base: Checkpoint, tmp_path: Path, base_folder: Path
-) -> None:
+def test_a_shape_is_named_with_both_and_many_are_counted(base: Checkpoint, tmp_path: Path, base_folder: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     other = rewrite(base_folder, tmp_path / "o", lambda n, t: t[:5] if n == name else t)
-    assert problems(base, open_checkpoint(other)) == (
-        f"shape of '{name}': [32, 16] in 'base', [5, 16] in 'o'",
-    )
+    assert problems(base, open_checkpoint(other)) == (f"shape of '{name}': [32, 16] in 'base', [5, 16] in 'o'",)
     cut = rewrite(base_folder, tmp_path / "cut", lambda n, t: t[..., :3] if "layers" in n else t)
     found = problems(base, open_checkpoint(cut))
     assert len(found) == 4
@@ -187,9 +175,7 @@ def with_head(source: Path, target: Path, shift: float) -> Checkpoint:
     return open_checkpoint(target)
 
 
-def test_a_stored_copy_of_a_tied_head_is_no_problem(
-    base: Checkpoint, base_folder: Path, tmp_path: Path
-) -> None:
+def test_a_stored_copy_of_a_tied_head_is_no_problem(base: Checkpoint, base_folder: Path, tmp_path: Path) -> None:
     same = with_head(base_folder, tmp_path / "same", 0.0)
     assert HEAD in same.tensors
     assert problems(base, same) == problems(same, base) == ()
@@ -201,9 +187,7 @@ def test_a_stored_head_that_differs_from_a_tied_embedding_is_one(
     other = with_head(base_folder, tmp_path / "o", 1e-3)
     for found in (problems(base, other), problems(other, base)):
         assert len(found) == 1
-        assert (
-            f"'o' stores '{HEAD}' although its config ties it, and it differs from '{EMBEDDING}'" in found[0]
-        )
+        assert f"'o' stores '{HEAD}' although its config ties it, and it differs from '{EMBEDDING}'" in found[0]
 
 
 def test_an_untied_head_that_is_missing_is_a_missing_tensor(tmp_path: Path) -> None:

@@ -77,9 +77,7 @@ def test_no_config(tmp_path: Path) -> None:
     refused(folder, "has no config.json")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", "not valid JSON"), ("[]", "must be a JSON object, got list")]
-)
+@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "must be a JSON object, got list")])
 def test_a_config_that_is_no_object(text: str, message: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", {"model.safetensors": ["x"]})
     (folder / "config.json").write_text(text)
@@ -120,9 +118,7 @@ def test_weights_without_a_tensor(tmp_path: Path) -> None:
     refused(write(tmp_path / "a", {"model.safetensors": []}), "without a single tensor")
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {}}', "{}", '{"a": 1, "a": 2}']
-)
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {}}', "{}", '{"a": 1, "a": 2}'])
 def test_an_index_that_is_no_index(text: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", {"1.safetensors": ["x"]})
     (folder / "model.safetensors.index.json").write_text(text)

@@ -156,12 +156,8 @@ def agrees_with_the_library(content: bytes, file: Path) -> None:
         tensors = read_header(file).tensors
     except CheckpointError:
         return
-    ours = {
-        name: (info.dtype, list(info.shape), content[info.start : info.end]) for name, info in tensors.items()
-    }
-    library = {
-        name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in safetensors.deserialize(content)
-    }
+    ours = {name: (info.dtype, list(info.shape), content[info.start : info.end]) for name, info in tensors.items()}
+    library = {name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in safetensors.deserialize(content)}
     assert ours == library
 
 
@@ -194,9 +190,7 @@ def test_fuzzed_length_of_a_file(cut: int, extra: bytes, tmp_path: Path) -> None
     agrees_with_the_library(VALID[:cut] + extra, tmp_path / "x.safetensors")
 
 
-NUMBERS = st.one_of(
-    st.integers(-1, 12), st.sampled_from([2**31, 2**63, 2**64, 2**70, 1.0, None, True, "1", -0.0])
-)
+NUMBERS = st.one_of(st.integers(-1, 12), st.sampled_from([2**31, 2**63, 2**64, 2**70, 1.0, None, True, "1", -0.0]))
 ENTRIES = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["U8", "F16", "F32", "C64", "F4", "u8", None]),
@@ -226,9 +220,7 @@ def test_fuzzed_structure_of_a_header(header: dict[str, Any], size: int, tmp_pat
     order=st.randoms(use_true_random=False),
     slack=st.sampled_from([0, 0, 0, 1]),
 )
-def test_fuzzed_layouts_that_are_valid_are_accepted(
-    sizes: list[int], order: Any, slack: int, tmp_path: Path
-) -> None:
+def test_fuzzed_layouts_that_are_valid_are_accepted(sizes: list[int], order: Any, slack: int, tmp_path: Path) -> None:
     header, position = {}, 0
     for i, size in enumerate(sizes):
         header[f"t{i}"] = entry(position, position + size)

@@ -50,9 +50,7 @@ def test_an_unrelated_model_of_the_same_shape_does_not_descend(base: Checkpoint,
     assert found.changed > 0.99
 
 
-def test_scaling_changes_the_norm_and_not_the_cosine(
-    base: Checkpoint, base_folder: Path, tmp_path: Path
-) -> None:
+def test_scaling_changes_the_norm_and_not_the_cosine(base: Checkpoint, base_folder: Path, tmp_path: Path) -> None:
     double = open_checkpoint(rewrite(base_folder, tmp_path / "d", lambda _, t: 2 * t))
     found = lineage(double, base)
     assert found.cosine == pytest.approx(1.0, abs=1e-15)
@@ -88,9 +86,7 @@ def test_the_result_does_not_depend_on_sharding(tmp_path: Path) -> None:
     assert lineage(tuned, one) == lineage(tuned, many)
 
 
-def test_only_the_changed_tensor_counts_as_changed(
-    base: Checkpoint, base_folder: Path, tmp_path: Path
-) -> None:
+def test_only_the_changed_tensor_counts_as_changed(base: Checkpoint, base_folder: Path, tmp_path: Path) -> None:
     other = open_checkpoint(rewrite(base_folder, tmp_path / "o", lambda n, t: t + 1 if n == UP else t))
     found = lineage(other, base)
     count = base.tensors[UP].count
@@ -138,9 +134,7 @@ def test_a_model_of_another_width_is_not_comparable(base: Checkpoint, tmp_path: 
 def test_only_vectors_are_compared_where_there_are_no_matrices(tmp_path: Path) -> None:
     folders = [tiny_llama(tmp_path / "m", hidden=8)]
     for name, scale in (("a", 1.0), ("b", -1.0)):
-        folders.append(
-            rewrite(folders[0], tmp_path / name, lambda _, t, s=scale: s * t if t.dim() == 1 else None)
-        )
+        folders.append(rewrite(folders[0], tmp_path / name, lambda _, t, s=scale: s * t if t.dim() == 1 else None))
     base, other = (open_checkpoint(f) for f in folders[1:])
     assert lineage(other, base).cosine == pytest.approx(-1.0)
 

@@ -88,9 +88,7 @@ def test_reading_twice_shares_memory_and_an_unaligned_tensor_is_copied(tmp_path:
         assert reader.read("wide").data_ptr() % 4 == 0
 
 
-def test_tensors_outlive_the_reader_and_a_write_never_reaches_the_file(
-    base_folder: Path, tmp_path: Path
-) -> None:
+def test_tensors_outlive_the_reader_and_a_write_never_reaches_the_file(base_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(base_folder, tmp_path / "c")
     file = tmp_path / "c" / "model.safetensors"
     before = file.read_bytes()
@@ -103,9 +101,7 @@ def test_tensors_outlive_the_reader_and_a_write_never_reaches_the_file(
     assert file.read_bytes() == before
 
 
-def test_where_the_system_maps_no_file_tensors_are_copied(
-    base: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_system_maps_no_file_tensors_are_copied(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     with TensorReader(base) as reader:
         mapped = {name: reader.read(name) for name in reader.names()}
     monkeypatch.setattr(reader_module, "_map_file", lambda _: None)
@@ -146,13 +142,9 @@ def test_a_file_that_is_gone_is_reported(base_folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["F8_E4M3", "F8_E5M2", "F16", "BF16"])
-def test_the_stream_decodes_every_pattern_of_the_narrow_floats_as_torch_does(
-    name: str, tmp_path: Path
-) -> None:
+def test_the_stream_decodes_every_pattern_of_the_narrow_floats_as_torch_does(name: str, tmp_path: Path) -> None:
     dtype = TORCH_DTYPES[name]
-    bits = (
-        torch.arange(256, dtype=torch.uint8) if dtype.itemsize == 1 else torch.arange(-32768, 32768).short()
-    )
+    bits = torch.arange(256, dtype=torch.uint8) if dtype.itemsize == 1 else torch.arange(-32768, 32768).short()
     checkpoint = opened(tmp_path / "a", {"t": bits.view(dtype)})
     streamed = torch.cat([torch.from_numpy(v.copy()) for v in iter_values(checkpoint.tensors["t"])])
     expected = bits.view(dtype).double()

@@ -77,15 +77,11 @@ def test_a_tied_head_is_not_stored(tmp_path: Path) -> None:
 
 
 def test_two_seeds_give_two_models(tmp_path: Path) -> None:
-    digests = [
-        weights_digest(open_checkpoint(tiny_llama(tmp_path / str(s), seed=s, hidden=8))) for s in (0, 1)
-    ]
+    digests = [weights_digest(open_checkpoint(tiny_llama(tmp_path / str(s), seed=s, hidden=8))) for s in (0, 1)]
     assert digests[0] != digests[1]
 
 
-@pytest.mark.parametrize(
-    "bad", [{"vocab": 258}, {"hidden": 12}, {"hidden": 0}, {"layers": 0}, {"dtype": "int8"}]
-)
+@pytest.mark.parametrize("bad", [{"vocab": 258}, {"hidden": 12}, {"hidden": 0}, {"layers": 0}, {"dtype": "int8"}])
 def test_arguments_out_of_range_are_refused(bad: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=str(next(iter(bad.values())))):
         tiny_llama(tmp_path / "m", **bad)  # type: ignore[arg-type]

@@ -53,8 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "doc_to_target": "{{label}}",
         "doc_to_choice": "{{choices}}",
         "metric_list": [
-            {"metric": m, "aggregation": "mean", "higher_is_better": True}
-            for m in ("acc", "acc_norm", "exact_match")
+            {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm", "exact_match")
         ],
     },
     "loglikelihood_rolling": {
@@ -81,12 +80,8 @@ class TaskWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(
-        self, name: str, kind: str, splits: Mapping[str, Rows] | None = None, **changes: Any
-    ) -> Path:
-        rows = (
-            splits if splits is not None else {s: rows_of(kind, s, 5) for s in ("search", "select", "report")}
-        )
+    def __call__(self, name: str, kind: str, splits: Mapping[str, Rows] | None = None, **changes: Any) -> Path:
+        rows = splits if splits is not None else {s: rows_of(kind, s, 5) for s in ("search", "select", "report")}
         files: dict[str, str] = {}
         for split, part in rows.items():
             files[split] = f"{name}.{split}.jsonl"

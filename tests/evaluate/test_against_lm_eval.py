@@ -24,9 +24,7 @@ MODEL: Any = HFLM
 KINDS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
 
 
-def reference(
-    task: Task, split: str, model: Any, tokenizer: Any, cache: Path
-) -> tuple[list[Any], dict[str, Any]]:
+def reference(task: Task, split: str, model: Any, tokenizer: Any, cache: Path) -> tuple[list[Any], dict[str, Any]]:
     """lm-eval's samples and results, with its own reading of the files, its own loop and its own batches."""
     config = yaml.safe_load(task.path.read_text(encoding="utf-8"))
     files = {k: str(task.path.parent / v) for k, v in config["dataset_kwargs"]["data_files"].items()}
@@ -114,9 +112,7 @@ def test_tasks_that_are_scored_together_equal_tasks_scored_alone(
         assert [i.item for i in score.per_item] == [i.item for i in alone.per_item]
 
 
-def test_task_text_reaches_the_model_as_written(
-    write_task: Callable[..., Path], tiny: tuple[Any, Any]
-) -> None:
+def test_task_text_reaches_the_model_as_written(write_task: Callable[..., Path], tiny: tuple[Any, Any]) -> None:
     """The sum over the answer's tokens, by one forward pass of transformers and float64."""
     import torch
 

@@ -22,9 +22,7 @@ KINDS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weighted_mean_of_the_items_is_the_score(
-    write_task: Write, tiny: tuple[Any, Any], kind: str
-) -> None:
+def test_the_weighted_mean_of_the_items_is_the_score(write_task: Write, tiny: tuple[Any, Any], kind: str) -> None:
     [score] = LmEvalEvaluator([load_task(write_task("t", kind))]).score(*tiny, ["t"], "select")
     values = np.array([item.value for item in score.per_item])
     weights = np.array([item.weight for item in score.per_item])
@@ -38,9 +36,7 @@ def test_the_weighted_mean_of_the_items_is_the_score(
 def test_bits_per_byte_are_negative_and_weighed_by_bytes(
     write_task: Write, make_rows: Callable[..., Any], tiny: tuple[Any, Any]
 ) -> None:
-    [score] = LmEvalEvaluator([load_task(write_task("t", "loglikelihood_rolling"))]).score(
-        *tiny, ["t"], "search"
-    )
+    [score] = LmEvalEvaluator([load_task(write_task("t", "loglikelihood_rolling"))]).score(*tiny, ["t"], "search")
     sizes = [len(row["text"].encode()) for row in make_rows("loglikelihood_rolling", "search", 5)]
     assert [item.weight for item in score.per_item] == sizes
     for item in score.per_item:
@@ -86,9 +82,7 @@ def test_a_race_in_steps_gives_the_items_of_the_whole(write_task: Write, tiny: t
         evaluator.score(*tiny, ["loglikelihood"], "search", start=2, stop=2)
 
 
-def test_another_model_with_the_same_tokenizer_is_scored_anew(
-    write_task: Write, tiny: tuple[Any, Any]
-) -> None:
+def test_another_model_with_the_same_tokenizer_is_scored_anew(write_task: Write, tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     evaluator = LmEvalEvaluator([load_task(write_task("t", "loglikelihood_rolling"))])
     [first] = evaluator.score(model, tokenizer, ["t"], "select")
@@ -124,15 +118,11 @@ def test_tokenizer_model_and_logging_are_left_as_they_were(
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_a_broken_model_is_named_with_task_and_item(
-    write_task: Write, tiny: tuple[Any, Any], kind: str
-) -> None:
+def test_a_broken_model_is_named_with_task_and_item(write_task: Write, tiny: tuple[Any, Any], kind: str) -> None:
     model, tokenizer = tiny
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
-    with pytest.raises(
-        EvaluationError, match=r"task 't', item '[0-9a-f]{16}': the log-likelihood is not finite"
-    ):
+    with pytest.raises(EvaluationError, match=r"task 't', item '[0-9a-f]{16}': the log-likelihood is not finite"):
         LmEvalEvaluator([load_task(write_task("t", kind))]).score(model, tokenizer, ["t"], "select")
 
 
@@ -140,9 +130,7 @@ def test_a_tokenizer_of_another_model_is_refused(write_task: Write, tiny: tuple[
     model, tokenizer = tiny
     model.resize_token_embeddings(100)
     with pytest.raises(EvaluationError, match=r"gives token \d+, the model has 100 embeddings"):
-        LmEvalEvaluator([load_task(write_task("t", "loglikelihood"))]).score(
-            model, tokenizer, ["t"], "select"
-        )
+        LmEvalEvaluator([load_task(write_task("t", "loglikelihood"))]).score(model, tokenizer, ["t"], "select")
 
 
 def test_unknown_tasks_and_splits_are_told(
@@ -215,9 +203,7 @@ for score in LmEvalEvaluator(tasks).score(model, tokenizer, [t.name for t in tas
 
 
 @pytest.mark.slow
-def test_scores_do_not_depend_on_threads_or_hash_seed(
-    write_task: Write, tiny: tuple[Any, Any], tmp_path: Path
-) -> None:
+def test_scores_do_not_depend_on_threads_or_hash_seed(write_task: Write, tiny: tuple[Any, Any], tmp_path: Path) -> None:
     for kind in KINDS:
         write_task(kind, kind)
     tiny[0].save_pretrained(tmp_path / "model")
@@ -226,8 +212,6 @@ def test_scores_do_not_depend_on_threads_or_hash_seed(
     for threads, seed in (("1", "1"), ("2", "77")):
         environment = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
         command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(tmp_path / "model"), threads]
-        told.append(
-            subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-        )
+        told.append(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
     assert told[0].count("\n") == 4
     assert told[0] == told[1]

@@ -12,9 +12,7 @@ from simmerge.rng import rng_for
 
 def request_of(seed: int, context: int, continuation: int) -> TokenRequest:
     tokens = rng_for(seed, "tokens").integers(3, 280, size=context + continuation).tolist()
-    return TokenRequest(
-        context=tuple(tokens[:context]), continuation=tuple(tokens[context:]), label=f"item {seed}"
-    )
+    return TokenRequest(context=tuple(tokens[:context]), continuation=tuple(tokens[context:]), label=f"item {seed}")
 
 
 REQUESTS = [request_of(n, 1 + 7 * n % 23, 1 + n % 5) for n in range(17)]
@@ -154,6 +152,4 @@ def test_half_precision_is_normalised_in_single(tiny: tuple[Any, Any]) -> None:
     """bfloat16 has 8 bits: its own log-softmax would be off by up to 2^-6 at -5 for every token."""
     model = tiny[0].to(torch.bfloat16)
     planned = plan(REQUESTS, max_length=64, batch_tokens=1)
-    np.testing.assert_allclose(
-        run(model, planned).loglikelihood, [by_hand(model, r)[0] for r in REQUESTS], atol=1e-3
-    )
+    np.testing.assert_allclose(run(model, planned).loglikelihood, [by_hand(model, r)[0] for r in REQUESTS], atol=1e-3)

@@ -111,9 +111,7 @@ def test_two_splits_are_enough(write_task: Write, make_rows: Callable[..., Any])
 def test_an_item_in_two_splits_is_refused(write_task: Write, make_rows: Callable[..., Any]) -> None:
     rows = make_rows("loglikelihood", "select", 3)
     splits = {"search": rows[:1], "select": rows[1:], "report": [{"id": "x", **rows[0]}]}
-    with pytest.raises(
-        EvaluationError, match=r"item 'x' of split 'report' says the same as item .* 'search'"
-    ):
+    with pytest.raises(EvaluationError, match=r"item 'x' of split 'report' says the same as item .* 'search'"):
         load_task(write_task("t", "loglikelihood", splits))
     splits["report"] = [{"id": "q", "context": "new", "answer": " a", "number": "1"}]
     splits["search"] = [{"id": "q", **rows[0]}]

@@ -31,9 +31,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "features.md"
 
 def recipe(operator: str, *inputs: Step | str, **values: Any) -> Recipe:
     base = "base" if operators.operator(operator).needs_base else None
-    return Recipe(
-        root=Step(operator=operator, inputs=inputs, base=base, coefficients=tuple(sorted(values.items())))
-    )
+    return Recipe(root=Step(operator=operator, inputs=inputs, base=base, coefficients=tuple(sorted(values.items()))))
 
 
 def arithmetic(*inputs: Step | str, scale: float = 1.0, weights: tuple[float, ...] | None = None) -> Recipe:
@@ -71,9 +69,7 @@ MIXED = [
 ]
 
 
-def test_rows_are_recipes_outermost_and_do_not_depend_on_company(
-    extractor: CandidateFeatures, zoo: Any
-) -> None:
+def test_rows_are_recipes_outermost_and_do_not_depend_on_company(extractor: CandidateFeatures, zoo: Any) -> None:
     names = extractor.names()
     assert len(set(names)) == len(names)
     whole = extractor.rows(MIXED, TASKS)
@@ -129,21 +125,15 @@ def test_pairs_of_two_are_the_measures_of_the_pair(extractor: CandidateFeatures,
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3)))[1:])
-def test_the_order_of_inputs_shows_only_where_it_should(
-    extractor: CandidateFeatures, order: tuple[int, ...]
-) -> None:
+def test_the_order_of_inputs_shows_only_where_it_should(extractor: CandidateFeatures, order: tuple[int, ...]) -> None:
     names, weights = ("one", "two", "three"), (0.5, 0.3, 0.8)
     there = features(extractor, arithmetic(*names, weights=weights))
-    back = features(
-        extractor, arithmetic(*(names[i] for i in order), weights=tuple(weights[i] for i in order))
-    )
+    back = features(extractor, arithmetic(*(names[i] for i in order), weights=tuple(weights[i] for i in order)))
     ordered = [n for n in there if n.rsplit("_", 1)[-1] in ("first", "second", "last", "forward", "backward")]
     ordered += ["pair_loss_gap", "pair_log_norm_ratio", "op_first_share"]
     # 'last' of a layer is no place in the order.
     ordered = [
-        n
-        for n in ordered
-        if n not in ("pair_cka_last", "pair_hidden_cosine_last", "pair_task_cosine_layer_last")
+        n for n in ordered if n not in ("pair_cka_last", "pair_hidden_cosine_last", "pair_task_cosine_layer_last")
     ]
     free = [n for n in there if n not in ordered]
     assert {n: back[n] for n in free} == pytest.approx({n: there[n] for n in free}, rel=1e-9, nan_ok=True)
@@ -151,9 +141,7 @@ def test_the_order_of_inputs_shows_only_where_it_should(
 
 
 def test_swapping_two_swaps_the_directions(extractor: CandidateFeatures) -> None:
-    there, back = (
-        features(extractor, recipe("linear", *names)) for names in (("one", "two"), ("two", "one"))
-    )
+    there, back = (features(extractor, recipe("linear", *names)) for names in (("one", "two"), ("two", "one")))
     forward = [n for n in there if n.endswith("_forward")]
     assert len(forward) == 6
     for name in forward:
@@ -169,9 +157,7 @@ def test_geometry_of_a_linear_merge_within_the_error_of_the_sketch(
 ) -> None:
     base = zoo.sources["base"].tensors
     tau = [
-        np.concatenate(
-            [(zoo.sources[n].tensors[k] - b).double().reshape(-1).numpy() for k, b in base.items()]
-        )
+        np.concatenate([(zoo.sources[n].tensors[k] - b).double().reshape(-1).numpy() for k, b in base.items()])
         for n in ("one", "two")
     ]
     merged = weights[0] * tau[0] + weights[1] * tau[1]
@@ -183,9 +169,7 @@ def test_geometry_of_a_linear_merge_within_the_error_of_the_sketch(
     assert found["merged_norm"] == pytest.approx(np.linalg.norm(merged) / size, rel=slack / 2 + 1e-4)
     cosines = [float(t @ merged / np.linalg.norm(t) / np.linalg.norm(merged)) for t in tau]
     assert found["merged_cosine_mean"] == pytest.approx(np.mean(cosines), abs=0.13)
-    assert found["merged_norm_kept"] == pytest.approx(
-        np.linalg.norm(merged) / sum(lengths), rel=slack / 2 + 1e-4
-    )
+    assert found["merged_norm_kept"] == pytest.approx(np.linalg.norm(merged) / sum(lengths), rel=slack / 2 + 1e-4)
 
 
 def test_one_input_is_exact_and_has_no_pairs(extractor: CandidateFeatures) -> None:
@@ -198,9 +182,7 @@ def test_one_input_is_exact_and_has_no_pairs(extractor: CandidateFeatures) -> No
     assert math.isnan(found["domain_kl_forward"])
 
 
-def test_the_stand_in_in_log_probabilities_against_its_formula(
-    extractor: CandidateFeatures, zoo: Any
-) -> None:
+def test_the_stand_in_in_log_probabilities_against_its_formula(extractor: CandidateFeatures, zoo: Any) -> None:
     log_p = {n: f.behaviour.log_probs.astype(np.float64) for n, f in zoo.fingerprints.items()}
     moved = log_p["base"] + 0.6 * (log_p["one"] - log_p["base"]) + 0.3 * (log_p["two"] - log_p["base"])
     loss = np.log(np.exp(moved).sum(axis=1)) - moved[:, 0]
@@ -220,9 +202,7 @@ def test_a_tree_of_linear_steps_is_its_flat_form(extractor: CandidateFeatures) -
     inner = recipe("linear", "one", "two", weight=(0.5, 1.5)).root
     tree = recipe("linear", inner, "three", weight=(0.8, 1.2))
     flat = recipe("linear", "one", "two", "three", weight=(0.1, 0.3, 0.6))
-    assert effective_weights(tree.root, operators.shares) == pytest.approx(
-        {"one": 0.1, "two": 0.3, "three": 0.6}
-    )
+    assert effective_weights(tree.root, operators.shares) == pytest.approx({"one": 0.1, "two": 0.3, "three": 0.6})
     there, back = features(extractor, tree), features(extractor, flat)
     same = [n for n in COLUMNS if n != "n_steps"]
     assert {n: there[n] for n in same} == pytest.approx({n: back[n] for n in same}, rel=1e-9, nan_ok=True)
@@ -325,9 +305,7 @@ def test_rows_are_equal_for_any_hash_seed_and_threads_and_need_no_torch(zoo: Any
 
 
 def test_the_documentation_has_one_row_per_feature(extractor: CandidateFeatures) -> None:
-    rows = [
-        line.split("|") for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("| `")
-    ]
+    rows = [line.split("|") for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     assert tuple(row[1].strip(" `") for row in rows) == extractor.names()
     for row in rows:
         cells = [cell.strip() for cell in row[1:-1]]

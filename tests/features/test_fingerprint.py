@@ -80,9 +80,7 @@ def test_norms_are_those_of_the_weights(zoo: Any) -> None:
     assert not zoo.fingerprints["base"].structure.task_sq.any()
 
 
-def test_the_sketch_of_a_merge_is_the_combination_of_sketches(
-    zoo: Any, source_of: Callable[..., Any]
-) -> None:
+def test_the_sketch_of_a_merge_is_the_combination_of_sketches(zoo: Any, source_of: Callable[..., Any]) -> None:
     base = zoo.sources["base"]
     one, two = (zoo.sources[n].tensors for n in ("one", "two"))
     merged = source_of({n: b + 0.7 * (one[n] - b) - 0.4 * (two[n] - b) for n, b in base.tensors.items()})
@@ -95,9 +93,7 @@ def test_the_sketch_of_a_merge_is_the_combination_of_sketches(
     assert np.abs(found.sketch).max() > 0.1
 
 
-def test_the_same_bytes_again_for_any_threads_and_order_of_tensors(
-    zoo: Any, source_of: Callable[..., Any]
-) -> None:
+def test_the_same_bytes_again_for_any_threads_and_order_of_tensors(zoo: Any, source_of: Callable[..., Any]) -> None:
     expected = to_bytes(zoo.fingerprints["two"])
     backwards = source_of(dict(reversed(zoo.sources["two"].tensors.items())))
     threads = torch.get_num_threads()

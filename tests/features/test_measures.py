@@ -56,9 +56,7 @@ def test_the_gram_vector_of_constants_is_zero_and_its_cka_nan() -> None:
 
 def test_kl_against_a_loop() -> None:
     p, q = log_distribution("p"), log_distribution("q")
-    expected = [
-        math.fsum(math.exp(a) * (a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(p, q, strict=True)
-    ]
+    expected = [math.fsum(math.exp(a) * (a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(p, q, strict=True)]
     np.testing.assert_allclose(measures.kl(p, q), expected, rtol=1e-12)
     assert not np.allclose(measures.kl(p, q), measures.kl(q, p))
     assert not measures.kl(p, p).any()

@@ -85,9 +85,7 @@ def test_attention_against_the_definition_where_nothing_is_compressed(zoo: Any) 
     rows: dict[str, list[np.ndarray]] = {}
     for name in made:
         attention = observed(_with_probes(zoo, small), name)[2]
-        rows[name] = [
-            np.concatenate([a[..., q, : q + 1] for q in range(1, a.shape[-1])], -1) for a in attention
-        ]
+        rows[name] = [np.concatenate([a[..., q, : q + 1] for q in range(1, a.shape[-1])], -1) for a in attention]
     a, b = (np.concatenate(rows[n], axis=-1) for n in made)
     assert a.shape[-1] <= 96
     cosine = np.sum(a * b, -1) / np.sqrt(np.sum(a * a, -1) * np.sum(b * b, -1))
@@ -110,9 +108,7 @@ def test_geometry_within_the_error_of_the_sketch(zoo: Any, pair: tuple[str, str]
     mlp = [task_vector(zoo, n, "mlp") for n in pair]
     exact_mlp = float(mlp[0] @ mlp[1] / math.sqrt((mlp[0] @ mlp[0]) * (mlp[1] @ mlp[1])))
     assert found["task_cosine_mlp"] == pytest.approx(exact_mlp, abs=4 / math.sqrt(1024))
-    base = np.concatenate(
-        [t.double().reshape(-1).numpy() for _, t in sorted(zoo.sources["base"].tensors.items())]
-    )
+    base = np.concatenate([t.double().reshape(-1).numpy() for _, t in sorted(zoo.sources["base"].tensors.items())])
     weight = (base + x) @ (base + y) / math.sqrt(((base + x) @ (base + x)) * ((base + y) @ (base + y)))
     error = 4 / math.sqrt(1024) * math.sqrt((x @ x) * (y @ y)) / float(base @ base)
     assert found["weight_cosine"] == pytest.approx(weight, abs=error + 1e-5)
@@ -125,14 +121,10 @@ def test_geometry_within_the_error_of_the_sketch(zoo: Any, pair: tuple[str, str]
 
 
 @pytest.mark.parametrize("pair", list(permutations(EXPERTS, 2)))
-def test_symmetric_measures_are_equal_both_ways_and_directed_ones_swap(
-    zoo: Any, pair: tuple[str, str]
-) -> None:
+def test_symmetric_measures_are_equal_both_ways_and_directed_ones_swap(zoo: Any, pair: tuple[str, str]) -> None:
     a, b = (zoo.fingerprints[n] for n in pair)
     there, back = pairs.pair_features(a, b), pairs.pair_features(b, a)
-    assert {n: there[n] for n in pairs.SYMMETRIC} == pytest.approx(
-        {n: back[n] for n in pairs.SYMMETRIC}, rel=1e-12
-    )
+    assert {n: there[n] for n in pairs.SYMMETRIC} == pytest.approx({n: back[n] for n in pairs.SYMMETRIC}, rel=1e-12)
     for name in pairs.DIRECTED:
         assert there[f"{name}_ab"] == back[f"{name}_ba"]
     assert there["kl_mean_ab"] != there["kl_mean_ba"]
@@ -209,9 +201,7 @@ def test_domains_part_the_probes(zoo: Any) -> None:
     assert math.isnan(parts[2])
     losses = pairs.domain_loss(one, ("prose", "code", "none"))
     tokens = one.behaviour.probe_tokens
-    assert losses[0] == pytest.approx(
-        (one.behaviour.probe_loss[:2] @ tokens[:2]) / tokens[:2].sum(), rel=1e-6
-    )
+    assert losses[0] == pytest.approx((one.behaviour.probe_loss[:2] @ tokens[:2]) / tokens[:2].sum(), rel=1e-6)
     assert math.isnan(losses[2])
 
 

@@ -20,9 +20,7 @@ class WordTokenizer:
 
 def test_json_lines_and_paragraphs(tmp_path: Path) -> None:
     lines = tmp_path / "p.jsonl"
-    lines.write_text(
-        '{"text": "une é", "domain": "fr"}\n\n{"text": "a b", "domain": "en"}\n', encoding="utf-8"
-    )
+    lines.write_text('{"text": "une é", "domain": "fr"}\n\n{"text": "a b", "domain": "en"}\n', encoding="utf-8")
     assert load_probes(lines) == ProbeSet(name="p", texts=("une é", "a b"), domains=("fr", "en"))
     plain = tmp_path / "q.txt"
     plain.write_bytes(b"\none\ntwo\r\n \t\r\nthree\n\n\n")

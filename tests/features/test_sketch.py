@@ -51,9 +51,7 @@ def test_chunks_make_no_difference_to_linearity_beyond_one(monkeypatch: pytest.M
     monkeypatch.setattr(sketch, "_CHUNK", 300)
     parts = [np.where(np.arange(1000) // 250 == k, x, 0) for k in range(4)]
     whole = sketch.count_sketch(x, 64, rng_for(3, "w"))
-    np.testing.assert_allclose(
-        sum(sketch.count_sketch(p, 64, rng_for(3, "w")) for p in parts), whole, atol=1e-12
-    )
+    np.testing.assert_allclose(sum(sketch.count_sketch(p, 64, rng_for(3, "w")) for p in parts), whole, atol=1e-12)
 
 
 def test_inner_products_are_unbiased_with_the_stated_error() -> None:

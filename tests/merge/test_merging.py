@@ -45,7 +45,8 @@ def recipe_of(name: str, **values: object) -> Recipe:
 
 
 TREE = Recipe(
-    root=step("slerp", [step("ties", ["a", "b"], "base", {"density": 0.5}), "c"], None, {"t": 0.3}), dtype="float16"
+    root=step("slerp", [step("ties", ["a", "b"], "base", {"density": 0.5}), "c"], None, {"t": 0.3}),
+    dtype="float16",
 )
 
 
@@ -137,7 +138,8 @@ def test_bytes_do_not_depend_on_hash_seed_or_threads(family: Path, tmp_path: Pat
         "from simmerge.recipe_yaml import read_recipe\n"
         "root = Path(sys.argv[1]); found = {}\n"
         "for name in ('base', 'a', 'b', 'c'):\n"
-        "    c = open_checkpoint(root / name); found[name] = Source(name=name, checkpoint=c, digest=weights_digest(c))\n"
+        "    c = open_checkpoint(root / name)\n"
+        "    found[name] = Source(name=name, checkpoint=c, digest=weights_digest(c))\n"
         "recipe = read_recipe(Path(sys.argv[2], 'recipe.yaml').read_text())\n"
         "print(merge_to_folder(recipe, Sources(found), Path(sys.argv[2], sys.argv[4])).content_sha256)\n"
     )

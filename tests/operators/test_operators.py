@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from simmerge.errors import RangeError, RecipeError, UnknownNameError
-from simmerge.operators import OPERATORS, KernelCall, describe, form, label, normal_form, operator, resolve, shares
+from simmerge.operators import (
+    OPERATORS,
+    KernelCall,
+    describe,
+    form,
+    label,
+    normal_form,
+    operator,
+    resolve,
+    shares,
+)
 from simmerge.operators.kernels import exact_dot, keep_largest
 from simmerge.recipe import Recipe, step
 

@@ -164,7 +164,7 @@ def test_bad_tables_are_said(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "scores.parquet"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(SurrogateError, match="scores.parquet"):
+    with pytest.raises(SurrogateError, match=r"scores\.parquet"):
         read_table(path)
 
 

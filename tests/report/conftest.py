@@ -138,9 +138,7 @@ def checkpoints() -> tuple[CheckpointFacts, ...]:
     rng = rng_for(7, "report", "checkpoints")
     rows: list[CheckpointFacts] = []
     for index, name in enumerate(("base-5m", *NAMES)):
-        scores = [
-            (t, float(-rng.uniform(1.1, 2.4) if t.endswith("bpb") else rng.uniform(0.2, 0.9))) for t in TASKS
-        ]
+        scores = [(t, float(-rng.uniform(1.1, 2.4) if t.endswith("bpb") else rng.uniform(0.2, 0.9))) for t in TASKS]
         rows.append(
             CheckpointFacts(
                 name=name,

@@ -43,9 +43,7 @@ def test_hub_names_replace_local_ones_once() -> None:
     assert got["license"] == "apache-2.0"
 
 
-@pytest.mark.parametrize(
-    "name", ["yes", "null", "1.5", "a: b", "- x", "---", "x\n---\nlicense: mit", "#1", "ü"]
-)
+@pytest.mark.parametrize("name", ["yes", "null", "1.5", "a: b", "- x", "---", "x\n---\nlicense: mit", "#1", "ü"])
 def test_no_name_breaks_the_front_matter(name: str) -> None:
     got = front(card(title=name, parents={name: "00"}))
     assert got["base_model"] == [name]
@@ -53,9 +51,7 @@ def test_no_name_breaks_the_front_matter(name: str) -> None:
 
 
 def test_recipe_parents_and_evidence_are_on_the_card() -> None:
-    body = card(
-        evidence={"Score": "0.1583 ± 0.0070"}, notes=("Small models only.",), command="simmerge merge a b"
-    )
+    body = card(evidence={"Score": "0.1583 ± 0.0070"}, notes=("Small models only.",), command="simmerge merge a b")
     assert "# My merge\n" in body
     assert "```yaml\nmerge_method: slerp\n```" in body
     assert all(f"| {name} | — | `{digest}` |" in body for name, digest in PARENTS.items())

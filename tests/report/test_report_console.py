@@ -40,9 +40,7 @@ def test_the_ranking_has_every_prediction_and_coefficient(full: ReportData, widt
         assert text.interval(row.predicted.low, row.predicted.high) in output
         assert row.measured is None or text.number(row.measured) in output
         assert all(
-            f"{name} {text.coefficient(value)}" in output
-            for name, value in row.coefficients
-            if name != "weights"
+            f"{name} {text.coefficient(value)}" in output for name, value in row.coefficients if name != "weights"
         )
         assert row.operator in output
         assert all(name in output for name in row.inputs)
@@ -89,9 +87,7 @@ def test_the_panel_says_the_headline_and_the_numbers(full: ReportData) -> None:
 
 
 def test_names_can_neither_style_nor_steer_a_terminal(full: ReportData) -> None:
-    row = replace(
-        full.candidates[0], inputs=("[bold red]x[/]", "\x1b[2Jy"), reasons=("[link=http://e]z[/link]",)
-    )
+    row = replace(full.candidates[0], inputs=("[bold red]x[/]", "\x1b[2Jy"), reasons=("[link=http://e]z[/link]",))
     output = shown(RankingTable(rows=(row,)), 160)
     assert "[bold red]x[/]" in output
     assert "[link=http://e]z[/link]" in output

@@ -76,9 +76,7 @@ def test_agreement_counts_and_averages(full: ReportData) -> None:
 
 def test_a_heat_map_spans_the_pairs_and_not_the_diagonal() -> None:
     values = ((1.0, 0.02, -0.3), (0.05, 1.0, None), (-0.2, 0.1, 1.0))
-    similarity = Similarity(
-        names=("a", "b", "c"), matrices=(SimilarityMatrix(measure="m", meaning="", values=values),)
-    )
+    similarity = Similarity(names=("a", "b", "c"), matrices=(SimilarityMatrix(measure="m", meaning="", values=values),))
     figure = figures.heat_map(similarity, 0)
     trace = figure["data"][0]
     assert (trace["zmin"], trace["zmax"]) == (-0.3, 0.1)

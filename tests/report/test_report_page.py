@@ -283,9 +283,7 @@ def test_a_large_catalogue_gets_words_in_place_of_maps(full: ReportData) -> None
     size = 151
     names = tuple(f"checkpoint-{i}" for i in range(size))
     values = tuple(tuple(abs(i - j) / 100 for j in range(size)) for i in range(size))
-    similarity = Similarity(
-        names=names, matrices=(SimilarityMatrix(measure="far", meaning="", values=values),)
-    )
+    similarity = Similarity(names=names, matrices=(SimilarityMatrix(measure="far", meaning="", values=values),))
     question = replace(full.question, checkpoints=names)
     page = Page(render(replace(full, similarity=similarity, question=question, candidates=())))
     assert "A map of 151 checkpoints is too large to read and is not drawn." in page.text
@@ -346,9 +344,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing(bare: ReportData, tmp_path
     assert os.listdir(tmp_path) == []
 
 
-def test_equal_data_give_equal_bytes_under_any_hash_seed(
-    full: ReportData, source: str, tmp_path: Path
-) -> None:
+def test_equal_data_give_equal_bytes_under_any_hash_seed(full: ReportData, source: str, tmp_path: Path) -> None:
     stored = tmp_path / "report.json"
     stored.write_text(to_json(full))
     program = (

@@ -48,7 +48,11 @@ def test_nothing_to_merge_is_said(names: list[str], include: list[str]) -> None:
 def shortlist(noise: float = 0.02) -> tuple[Shortlist, list, np.ndarray]:
     found = candidates(["a", "b", "c"], "base", Space(sizes=(2,), operators=ALL))
     mean = np.random.default_rng(0).normal(size=len(found))
-    return Shortlist(found, [str(i) for i in range(len(found))], mean, np.ones(len(found)), noise=noise), found, mean
+    return (
+        Shortlist(found, [str(i) for i in range(len(found))], mean, np.ones(len(found)), noise=noise),
+        found,
+        mean,
+    )
 
 
 def test_asks_for_the_best_predicted_first_and_never_twice() -> None:

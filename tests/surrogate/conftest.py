@@ -41,9 +41,7 @@ def make_rows(
                 features.append(row)
                 targets.append(law(row) + shared + noise * rng.normal())
                 pair = (f"{prefix}{a}", f"{prefix}{b}")
-                facts.append(
-                    (f"{a}+{b}:{form}", f"task{task}", pair, f"op{form % 2}", f"op{form % 2}({form})")
-                )
+                facts.append((f"{a}+{b}:{form}", f"task{task}", pair, f"op{form % 2}", f"op{form % 2}({form})"))
     table = np.array(features)
     table[rng.random(table.shape) < missing] = np.nan
     recipe, task_names, sources, operator, form_names = (tuple(column) for column in zip(*facts, strict=True))

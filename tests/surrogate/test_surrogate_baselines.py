@@ -57,17 +57,13 @@ TEST = _rows(
 
 
 def test_best_fixed_is_the_mean_of_a_form_where_all_are_measured() -> None:
-    assert form_means(TRAIN) == pytest.approx(
-        {("slerp", "s5"): 0.7, ("linear", "l5"): 0.7, ("linear", "l3"): 0.85}
-    )
+    assert form_means(TRAIN) == pytest.approx({("slerp", "s5"): 0.7, ("linear", "l5"): 0.7, ("linear", "l3"): 0.85})
     scores = BestFixed().fit(TRAIN, 0)(TEST)
     np.testing.assert_allclose(scores, [0.85, 0.7, -0.3])
 
 
 def test_best_fixed_is_fair_to_a_form_that_only_hard_pairs_had() -> None:
-    part = TRAIN.take(
-        [0, 2, 3, 4]
-    )  # l3 only on the poor pair, where it beat s5; l5 only on the good, where it lost
+    part = TRAIN.take([0, 2, 3, 4])  # l3 only on the poor pair, where it beat s5; l5 only on the good, where it lost
     means = form_means(part)
     assert means["linear", "l3"] > means["slerp", "s5"] > means["linear", "l5"]
 

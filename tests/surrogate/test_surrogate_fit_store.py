@@ -101,9 +101,7 @@ def test_contributions_explain_the_prediction(fitted: FittedSurrogate, table: Tr
     assert abs(both.contribution) == pytest.approx(np.abs(parts.values[4:6].mean(axis=0)).max())
 
 
-def test_saved_and_loaded_predict_the_same_bits(
-    fitted: FittedSurrogate, table: TrainingRows, tmp_path: Path
-) -> None:
+def test_saved_and_loaded_predict_the_same_bits(fitted: FittedSurrogate, table: TrainingRows, tmp_path: Path) -> None:
     folder = save_surrogate(fitted, tmp_path / "s")
     assert sorted(p.name for p in folder.iterdir()) == ["model.txt", "spread.txt", "surrogate.json"]
     back = load_surrogate(folder, table.names)
