@@ -1,0 +1,248 @@
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import struct
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.main import get_command
+
+from simmerge.cli import app, main
+from simmerge.testing.checkpoints import tiny_llama
+
+
+class Cli:
+    """Runs the command line in process, in one workspace."""
+
+    def __init__(self, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.workspace = workspace
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str | Path, code: int = 0) -> tuple[str, str]:
+        self._capsys.readouterr()
+        got = main([str(a) for a in arguments])
+        out, err = self._capsys.readouterr()
+        assert got == code, f"{arguments} gave {got}\n{out}\n{err}"
+        return out, err
+
+    def json(self, *arguments: str | Path, code: int = 0):
+        return json.loads(self(*arguments, "--json", code=code)[0])
+
+
+@pytest.fixture
+def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    monkeypatch.setenv("SIMMERGE_WORKSPACE", str(tmp_path / "work"))
+    monkeypatch.setenv("COLUMNS", "160")
+    return Cli(tmp_path / "work", capsys)
+
+
+@pytest.fixture
+def filled(cli: Cli, family: Path) -> Cli:
+    cli("catalog", "add", family / "base")
+    cli("catalog", "add", *(family / name for name in "abcde"), "--base", "base")
+    cli("task", "add", family / "tasks")
+    return cli
+
+
+def commands(group=None, path: tuple[str, ...] = ()):
+    group = group or get_command(app)
+    for name, command in sorted(group.commands.items()):
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+@pytest.mark.parametrize("path", [path for path, _ in commands()], ids=" ".join)
+def test_every_command_has_help_with_an_example(path: tuple[str, ...], cli: Cli) -> None:
+    out, _ = cli(*path, "--help")
+    assert "Example" in out
+    assert f"simmerge {' '.join(path)}" in out
+
+
+@pytest.mark.parametrize("path", [path for path, _ in commands()], ids=" ".join)
+def test_every_command_stands_in_the_docs(path: tuple[str, ...]) -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
+    assert f"`simmerge {' '.join(path)}`" in docs
+
+
+def test_the_main_path(filled: Cli, family: Path, tmp_path: Path) -> None:
+    probes = ("--probes", family / "tasks" / "probes.jsonl")
+    surrogate = ("--surrogate", family / "surrogate")
+    assert [r["name"] for r in filled.json("catalog", "list")] == ["base", *"abcde"]
+    assert all(not f["problems"] for f in filled.json("catalog", "check"))
+    assert len(filled.json("fingerprint", *probes)["made"]) == 6
+    assert len(filled.json("fingerprint", *probes)["kept"]) == 6
+    ranked = filled.json("rank", "a", "b", "c", "-t", "text_one", "--top", "5", *probes, *surrogate)
+    assert [c["rank"] for c in ranked["candidates"]] == [1, 2, 3, 4, 5]
+    found = filled.json("search", "a", "b", "c", "--budget", "2", "--out", tmp_path / "out", *probes, *surrogate)
+    assert len(found["evaluated"]) == 2
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert Path(found["report"]).is_file()
+    scores = filled.json("evaluate", tmp_path / "out" / "recipe.yaml", "-t", "text_one")
+    assert scores[0]["items"] == 6
+    again = filled.json("merge", tmp_path / "out" / "recipe.yaml", tmp_path / "again")
+    assert again["recipe_id"] == found["answer"]["recipe_id"]
+    assert filled.json("report")["report"] == found["report"]
+    assert "select" in filled("catalog", "show", "a")[0]
+
+
+def test_tables_are_printed_for_people(filled: Cli, family: Path) -> None:
+    probes = ("--probes", family / "tasks" / "probes.jsonl")
+    assert "text_one" in filled("task", "list")[0]
+    assert "‖task vector‖" in filled("catalog", "list")[0]
+    assert "density" in filled("operator", "show", "ties")[0]
+    assert "dare_ties" in filled("operator", "list")[0]
+    out, _ = filled("rank", "a", "b", *probes, "--surrogate", family / "surrogate")
+    assert "interval" in out
+    filled("catalog", "remove", "e")
+    assert "e" not in [r["name"] for r in filled.json("catalog", "list")]
+
+
+def broken(family: Path, folder: Path, kind: str) -> Path:
+    """A copy of checkpoint `a` that is damaged in one way."""
+    if kind == "missing":
+        return folder / "nowhere"
+    copy = folder / kind
+    shutil.copytree(family / "a", copy)
+    weights = copy / "model.safetensors"
+    raw = weights.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    if kind == "truncated":
+        weights.write_bytes(raw[:-100])
+    elif kind == "lying":
+        header = json.loads(raw[8 : 8 + length])
+        first = next(k for k in header if k != "__metadata__")
+        header[first]["data_offsets"][1] += 4
+        text = json.dumps(header).encode()
+        weights.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    elif kind in ("shard_missing", "shard_outside"):
+        weights.rename(copy / "model-00001-of-00001.safetensors")
+        names = [k for k in json.loads(raw[8 : 8 + length]) if k != "__metadata__"]
+        shard = "gone.safetensors" if kind == "shard_missing" else "../a/model.safetensors"
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    elif kind == "pickle":
+        weights.unlink()
+        (copy / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    elif kind == "nan":
+        tensors = load_file(weights)
+        tensors[sorted(tensors)[0]].view(-1)[3] = float("nan")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif kind == "architecture":
+        config = json.loads((copy / "config.json").read_text())
+        config["architectures"] = ["MistralForCausalLM"]
+        config["model_type"] = "mistral"
+        (copy / "config.json").write_text(json.dumps(config))
+    elif kind == "vocabulary":
+        shutil.rmtree(copy)
+        tiny_llama(copy, vocab=296)
+    elif kind == "shapes":
+        shutil.rmtree(copy)
+        tiny_llama(copy, hidden=64)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("missing", "nowhere"),
+        ("truncated", "truncated"),
+        ("lying", "offset"),
+        ("shard_missing", "gone.safetensors"),
+        ("shard_outside", "outside"),
+        ("pickle", "pickle"),
+        ("nan", "nan or infinite"),
+        ("architecture", "architecture"),
+        ("vocabulary", "vocabulary"),
+        ("shapes", "shape"),
+    ],
+)
+def test_bad_checkpoints_give_one_clear_error(kind: str, said: str, filled: Cli, family: Path, tmp_path: Path) -> None:
+    before = filled.json("catalog", "list")
+    _, err = filled("catalog", "add", broken(family, tmp_path, kind), "--base", "base", code=1)
+    assert said in err.lower() or said in err
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+    assert filled.json("catalog", "list") == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("merge_method: tie\nmodels: [{model: a}]\n", "Did you mean 'ties'"),
+        ("merge_method: slerp\nmodels: [{model: a}, {model: b}]\nparameters: {t: 1.5}\n", "[0, 1], got 1.5"),
+        ("merge_method: slerp\nmodels: [{model: a}, {model: b}]\nparameters: {tt: 0.5}\n", "Did you mean 't'"),
+        ("merge_method: slerp\nmodels: [{model: a}, {model: bb}]\n", "unknown checkpoint 'bb'"),
+    ],
+)
+def test_bad_recipes_are_usage_errors(text: str, said: str, filled: Cli, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    _, err = filled("merge", tmp_path / "recipe.yaml", tmp_path / "out", code=2)
+    assert said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_usage_errors_exit_two(filled: Cli, family: Path, tmp_path: Path) -> None:
+    probes = ("--probes", str(family / "tasks" / "probes.jsonl"), "--surrogate", str(family / "surrogate"))
+    for arguments, said in (
+        (("operator", "show", "tiess"), "Did you mean 'ties'"),
+        (("rank", "a", "bb", *probes), "unknown checkpoint 'bb'"),
+        (("rank", "a", "b", "-t", "text_on", *probes), "Did you mean 'text_one'"),
+        (("rank", "a", "b", "-o", "tie", *probes), "Did you mean 'ties'"),
+        (("search", "a", "b", "--budget", "0", *probes), "at least one"),
+        (("evaluate", "a", "--split", "selekt"), "Did you mean 'select'"),
+        (("merge", str(tmp_path / "none.yaml"), str(tmp_path / "o")), "no recipe at"),
+        (("search", "a"), "merge of 2"),
+        (("nonsense",), "nonsense"),
+    ):
+        given = arguments if arguments != ("search", "a") else ("search", "a", *probes)
+        assert said in " ".join(filled(*given, code=2)[1].split())
+
+
+def test_an_empty_catalog_is_said(cli: Cli) -> None:
+    assert "catalog is empty" in cli("rank", "--surrogate", "nowhere", code=1)[1] + cli("fingerprint", code=2)[1]
+
+
+def test_a_newer_workspace_is_left_alone(filled: Cli) -> None:
+    marker = filled.workspace / "workspace.json"
+    facts = json.loads(marker.read_text())
+    facts["format"] = 999
+    marker.write_text(json.dumps(facts))
+    _, err = filled("catalog", "list", code=1)
+    assert "newer" in err
+    assert json.loads(marker.read_text()) == facts
+
+
+def test_a_newer_ledger_is_left_alone(filled: Cli) -> None:
+    connection = sqlite3.connect(filled.workspace / "ledger.db")
+    connection.execute("UPDATE alembic_version SET version_num = 'r9999'")
+    connection.commit()
+    connection.close()
+    _, err = filled("catalog", "list", code=1)
+    assert "newer" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file size limits are POSIX's")
+def test_a_full_disk_leaves_nothing(filled: Cli, tmp_path: Path) -> None:
+    import resource
+
+    (tmp_path / "recipe.yaml").write_text("merge_method: linear\nmodels: [{model: a}, {model: b}]\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        _, err = filled("merge", tmp_path / "recipe.yaml", tmp_path / "out", code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert "error:" in err
+    assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
+    filled("merge", tmp_path / "recipe.yaml", tmp_path / "out")
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(Exception, match="unknown operator"):
+        main(["--debug", "operator", "show", "nope"])
