@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from simmerge.errors import RecipeError
 
@@ -140,8 +140,11 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def _step_from_dict(data: Mapping[str, Any]) -> Step:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data["coefficients"].items()}
-    inputs = [_step_from_dict(i) if isinstance(i, Mapping) else i for i in data["inputs"]]
+    given: Mapping[str, Any] = data["coefficients"]
+    values: dict[str, Value] = {
+        k: tuple(cast("list[float]", v)) if isinstance(v, list) else v for k, v in given.items()
+    }
+    inputs = [_step_from_dict(cast("Mapping[str, Any]", i)) if isinstance(i, Mapping) else i for i in data["inputs"]]
     return step(data["operator"], inputs, data.get("base"), values)
 
 

@@ -16,7 +16,7 @@ Every key that is not known is an error.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -32,10 +32,11 @@ _TOP_KEYS = (*_STEP_KEYS, "dtype", "out_dtype", "seed")
 def _check_keys(where: str, data: object, known: tuple[str, ...]) -> Mapping[str, Any]:
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where} must be a mapping, got {type(data).__name__}: {data!r}")
-    for key in data:
+    content = cast("Mapping[Any, Any]", data)
+    for key in content:
         if key not in known:
             raise UnknownNameError(f"key in {where}:", str(key), known)
-    return data
+    return content
 
 
 def _value(where: str, value: object) -> Value:
@@ -59,7 +60,7 @@ def _step(data: object, where: str) -> Step:
         raise RecipeError(f"'models' in {where} must be a list with at least one entry, got {models!r}")
     inputs: list[Step | str] = []
     per_input: list[Mapping[str, Any]] = []
-    for position, entry in enumerate(models):
+    for position, entry in enumerate(cast("list[object]", models)):
         place = f"models[{position}] of {where}"
         item = _check_keys(place, entry, ("model", "merge", "parameters"))
         if ("model" in item) == ("merge" in item):

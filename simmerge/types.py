@@ -24,7 +24,7 @@ class ItemResult:
     item: str
     value: float
     weight: float = 1.0
-    extra: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Score:
     stderr: float
     items: int
     seconds: float = 0.0
-    extra: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, float] = field(default_factory=dict[str, float])
     per_item: tuple[ItemResult, ...] = ()
 
 

@@ -1,7 +1,8 @@
 """`simmerge bench`: the benchmarks of this project."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -53,5 +54,5 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, tuple | list):
-        return " ".join(_cell(v) for v in value)
+        return " ".join(_cell(v) for v in cast("Sequence[object]", value))
     return str(value)

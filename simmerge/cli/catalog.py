@@ -57,10 +57,10 @@ def add(
         print_json({"added": added, "refused": [{"path": str(p), "error": str(e)} for p, e in refused]})
     else:
         for row in added:
-            line = row.get("lineage")
+            line: dict[str, Any] = row.get("lineage") or {}
             how = f"{line['relative_norm']:.3f} of the base's norm away from {row['base']}" if line else "a base"
             console().print(f"added [bold]{row['name']}[/]: {row['parameters']:,} parameters, {how}")
-            for warning in (line or {}).get("warnings", []):
+            for warning in line.get("warnings", []):
                 console().print(f"  [yellow]warning:[/] {warning}")
     if refused:
         for path, error in refused[:-1]:
@@ -78,7 +78,7 @@ def list_checkpoints(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: Js
         return
     table = Table("checkpoint", "base", "architecture", "parameters", "‖task vector‖ / ‖base‖", "remarks")
     for row in rows:
-        line = row.get("lineage") or {}
+        line: dict[str, Any] = row.get("lineage") or {}
         norm = f"{line['relative_norm']:.3f}" if line else ""
         remark = "" if line.get("descends", True) else "does not descend from its base"
         table.add_row(row["name"], row["base"] or "", row["architecture"] or "", f"{row['parameters']:,}", norm,
@@ -109,12 +109,13 @@ def show(
     for key, value in row.items():
         if key not in ("scores", "lineage"):
             out.print(f"{key:16s} {value}")
-    for key, value in (row.get("lineage") or {}).items():
+    line: dict[str, Any] = row.get("lineage") or {}
+    for key, value in line.items():
         out.print(f"{'lineage.' + key:16s} {value}")
     if scores:
         table = Table("task", "split", "score", "± stderr", "items")
-        for s in row["scores"]:
-            table.add_row(s["task"], s["split"], f"{s['value']:.4f}", f"{s['stderr']:.4f}", str(s["items"]))
+        for s in (e.score for e in scores):
+            table.add_row(s.task, s.split, f"{s.value:.4f}", f"{s.stderr:.4f}", str(s.items))
         out.print(table)
 
 

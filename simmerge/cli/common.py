@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,7 +45,7 @@ def offline() -> None:
 
 
 @contextmanager
-def opened(workspace: Path) -> "Iterator[Project]":
+def opened(workspace: Path) -> "Generator[Project]":
     """The project of a workspace, made if it is not there, closed at the end."""
     offline()
     from simmerge.pipeline.project import Project
@@ -55,7 +55,7 @@ def opened(workspace: Path) -> "Iterator[Project]":
 
 
 @contextmanager
-def bar(title: str, total: int, quiet: bool) -> "Iterator[Any]":
+def bar(title: str, total: int, quiet: bool) -> "Generator[Any]":
     """A progress bar on standard error; gives a function to call with a description after each step."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

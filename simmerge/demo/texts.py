@@ -71,7 +71,7 @@ def gramps_documents(root: Path, language: str) -> list[Document]:
 
 def sympy_documents(root: Path) -> list[Document]:
     """One window of about DOCUMENT_BYTES of every source file of SymPy that is long enough."""
-    documents = []
+    documents: list[Document] = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         source = path.read_text(encoding="utf-8")

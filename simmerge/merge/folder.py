@@ -97,7 +97,7 @@ def _header(shard: list[_Planned]) -> bytes:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def merge_to_folder(
@@ -183,10 +183,12 @@ def _write_company(
             shutil.copyfile(first.path / name, folder / name)
     text = write_recipe(recipe)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    recipe_id = recipe.recipe_id(sources.digests)
+    inputs = {name: sources.digests[name] for name in (*recipe.sources(), *recipe.bases())}
     provenance = {
-        "recipe_id": recipe.recipe_id(sources.digests),
+        "recipe_id": recipe_id,
         "recipe": to_dict(recipe),
-        "inputs": {name: sources.digests[name] for name in (*recipe.sources(), *recipe.bases())},
+        "inputs": inputs,
         "content_sha256": digest,
         "seed": recipe.seed,
         "versions": {name: version(name) for name in ("simmerge", "torch", "safetensors")}
@@ -195,9 +197,9 @@ def _write_company(
     (folder / "simmerge.json").write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     card = model_card(
         title=title,
-        recipe_id=provenance["recipe_id"],
+        recipe_id=recipe_id,
         recipe_yaml=text,
-        parents=provenance["inputs"],
+        parents=inputs,
         evidence=dict(evidence),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -85,7 +85,7 @@ def keep_largest(delta: torch.Tensor, density: float) -> torch.Tensor:
 
 def _random_mask(call: KernelCall, index: int, density: float) -> torch.Tensor:
     draws = rng_for(call.seed, "dare", call.tensor, call.keys[index]).random(call.inputs[index].numel(), np.float32)
-    return torch.from_numpy(draws < density).reshape(call.inputs[index].shape)
+    return torch.as_tensor(draws < density).reshape(call.inputs[index].shape)
 
 
 def _rescale(delta: torch.Tensor, kept: torch.Tensor, how: str, density: float) -> torch.Tensor:

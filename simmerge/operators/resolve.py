@@ -30,7 +30,7 @@ def _number(spec: OperatorSpec, coefficient: Coefficient, value: object) -> floa
     return float(value)
 
 
-def _coefficient(spec: OperatorSpec, coefficient: Coefficient, value: object, inputs: int) -> float | tuple[float, ...]:
+def _coefficient(spec: OperatorSpec, coefficient: Coefficient, value: Value, inputs: int) -> float | tuple[float, ...]:
     if isinstance(value, tuple):
         if not coefficient.per_input:
             raise RecipeError(

@@ -120,7 +120,7 @@ class Catalog:
         bases = list(dict.fromkeys(entry.base for entry in chosen))
         if len(bases) > 1:
             raise UsageError(f"the checkpoints have different bases ({', '.join(map(str, bases))}); name those of one")
-        foreign = [e for e in chosen if not (e.facts.get("lineage") or {}).get("descends", True)]
+        foreign = [e for e in chosen if not _descends(e)]
         if foreign and names:
             reason = foreign[0].facts["lineage"]["reason"]
             raise IncompatibleError(f"'{foreign[0].name}' does not descend from '{foreign[0].base}': {reason}")
@@ -165,6 +165,12 @@ class Catalog:
                 )
             opened[entry.name] = Source(name=entry.name, checkpoint=checkpoint, digest=entry.digest)
         return Sources(opened)
+
+
+def _descends(entry: CheckpointEntry) -> bool:
+    """Whether its lineage says so; True where none was taken."""
+    line: dict[str, Any] = entry.facts.get("lineage") or {}
+    return line.get("descends", True)
 
 
 def _file_state(checkpoint: Checkpoint) -> dict[str, list[int]]:

@@ -19,6 +19,10 @@ from simmerge.operators import normal_form
 from simmerge.recipe import Recipe
 from simmerge.types import Score
 
+# Only partly typed.
+_MODELS: Any = AutoModelForCausalLM
+_TOKENIZERS: Any = AutoTokenizer
+
 SETTINGS = f"lm-eval {version('lm_eval')}"
 """What a score depends on beside model, task and split; another version of lm-eval measures anew."""
 
@@ -41,10 +45,10 @@ def load_model(path: str) -> tuple[Any, Any]:
     """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[attr-defined]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _MODELS.from_pretrained(
             path, dtype="float32", local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = _TOKENIZERS.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load '{path}': {error}") from error
     return model.eval(), tokenizer

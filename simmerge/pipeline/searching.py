@@ -69,7 +69,7 @@ class Found:
     comparisons: tuple[Comparison, ...]
     seconds: float
     resumed: bool
-    others: dict[str, dict[str, Score]] = field(default_factory=dict)
+    others: dict[str, dict[str, Score]] = field(default_factory=dict[str, dict[str, Score]])
 
 
 def values(scores: dict[str, Score]) -> dict[str, float]:

@@ -5,15 +5,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]  there are none
 
 from simmerge.errors import SurrogateError
 from simmerge.operators import form
 from simmerge.recipe import Recipe, from_dict
 from simmerge.surrogate.rows import TrainingRows
 from simmerge.types import FeatureExtractor
+
+# Not typed.
+_PARQUET: Any = pq
 
 COLUMNS = (
     "subject",
@@ -70,7 +74,7 @@ def read_table(path: Path | str) -> ScoreTable:
     if not file.is_file():
         raise SurrogateError(f"no score table at '{file}'; make one with data/build/table.py or give another path")
     try:
-        table = pq.read_table(file)
+        table = _PARQUET.read_table(file)
     except (OSError, ValueError) as error:
         raise SurrogateError(f"'{file}' is not a Parquet table: {error}") from error
     missing = [name for name in COLUMNS if name not in table.column_names]

@@ -24,7 +24,7 @@ def write_tasks(folder: Path) -> Path:
     rng = np.random.default_rng(5)
     words = ["the", "cat", "sat", "on", "a", "mat", "with", "no", "hat", "and", "ran"]
     for task in TASKS:
-        files = {}
+        files: dict[str, str] = {}
         for split in ("search", "select", "report"):
             lines = [json.dumps({"text": " ".join(rng.choice(words, size=12))}) for _ in range(6)]
             (folder / f"{task}.{split}.jsonl").write_text("\n".join(lines) + "\n")

@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -47,7 +48,7 @@ def filled(cli: Cli, family: Path) -> Cli:
     return cli
 
 
-def commands(group=None, path: tuple[str, ...] = ()):
+def commands(group: Any = None, path: tuple[str, ...] = ()):
     group = group or get_command(app)
     for name, command in sorted(group.commands.items()):
         if hasattr(command, "commands"):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ TREE = Recipe(
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_every_operators_folder_loads_and_generates(name: str, family: Path, tmp_path: Path) -> None:
     merged = merge_to_folder(recipe_of(name), sources(family), tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(merged.path)
+    model: Any = AutoModelForCausalLM.from_pretrained(merged.path)
     tokenizer = AutoTokenizer.from_pretrained(merged.path)
     inputs = tokenizer("the cat", return_tensors="pt", return_token_type_ids=False)
     written = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)

@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ def tensors(count: int, shape: tuple[int, ...] = (12, 17)) -> list[torch.Tensor]
 
 
 def run(name: str, inputs: list[torch.Tensor], base: torch.Tensor | None, keys: tuple[str, ...] = (), **values):
+    values = {k.rstrip("_"): v for k, v in values.items()}  # `lambda` is a keyword, so it comes as `lambda_`
     item = step(name, [f"m{k}" for k in range(len(inputs))], "base" if base is not None else None, values)
     resolved = resolve(item)
     call = KernelCall(
@@ -87,7 +89,7 @@ def test_slerp_of_equal_norms_keeps_the_norm() -> None:
 def test_task_arithmetic_adds_scaled_task_vectors(lam: float) -> None:
     base, a, b = tensors(3)
     expected = f64(base) + lam * (0.6 * (f64(a) - f64(base)) + 1.3 * (f64(b) - f64(base)))
-    got = run("task_arithmetic", [a, b], base, weight=(0.6, 1.3), **{"lambda": lam})
+    got = run("task_arithmetic", [a, b], base, weight=(0.6, 1.3), lambda_=lam)
     close(got, expected, expected - f64(base))
 
 
@@ -113,7 +115,7 @@ def ties_by_hand(base, inputs, weights, density, lam, normalize=True):
 def test_ties_equals_the_formula(density: float, lam: float) -> None:
     base, a, b, c = tensors(4)
     expected = ties_by_hand(base, [a, b, c], (1.0, 0.5, 2.0), density, lam)
-    got = run("ties", [a, b, c], base, weight=(1.0, 0.5, 2.0), density=density, **{"lambda": lam})
+    got = run("ties", [a, b, c], base, weight=(1.0, 0.5, 2.0), density=density, lambda_=lam)
     close(got, expected, expected - f64(base))
 
 
@@ -143,7 +145,7 @@ def test_random_masks_depend_on_seed_tensor_and_input_only() -> None:
 def test_identical_inputs_give_the_input(name: str) -> None:
     base, a = tensors(2)
     spec = operator(name)
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     if spec.needs_base:
         values["normalize"] = "true"
     if spec.coefficient("density"):

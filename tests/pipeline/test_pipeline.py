@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from simmerge.search.candidates import candidates
 RECIPE = Recipe(root=step("ties", ["a", "b"], "base", {"density": 0.5}))
 
 
-def options(family: Path) -> dict[str, object]:
+def options(family: Path) -> dict[str, Any]:
     return {"probes": family / "tasks" / "probes.jsonl", "surrogate": family / "surrogate", "quiet": True}
 
 
