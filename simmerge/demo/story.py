@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +55,9 @@ def run_demo(workspace: Path, *, budget: int = 5, seed: int = 0, quiet: bool = F
     status = Console(stderr=True, quiet=quiet)
 
     def say(stage: str, now: str) -> None:
-        status.print(f"[dim]{time.perf_counter() - began:5.0f} s[/]  [bold]{stage:12s}[/] {now}", highlight=False)
+        if not now.endswith("(kept)"):
+            line = f"[dim]{time.perf_counter() - began:5.0f} s[/]  [bold]{stage:12s}[/] {now}"
+            status.print(line, highlight=False, soft_wrap=True)
 
     facts = json.loads(shipped("catalog", "catalog.json").read_text())
     with Project(workspace) as project:
@@ -64,8 +66,8 @@ def run_demo(workspace: Path, *, budget: int = 5, seed: int = 0, quiet: bool = F
             if name == FOREIGN:
                 _refused(project, name, base, say)
             else:
-                say("catalog", name)
                 project.add_checkpoint(shipped("catalog", name), name=name, base=base)
+        say("catalog", f"{len(project.catalog.list())} checkpoints: {', '.join(facts['checkpoints'])}")
         table = read_table(shipped("scores", "mini.parquet"))
         probes = project.probes()
         seen = [n for n in facts["checkpoints"] if n not in (*HELD_OUT, facts["base"], FOREIGN)]
@@ -80,7 +82,8 @@ def run_demo(workspace: Path, *, budget: int = 5, seed: int = 0, quiet: bool = F
             "rank",
             f"{len(asked.recipes)} candidates over {', '.join(HELD_OUT)}; none of them was measured for this",
         )
-        lines = baseline_lines(table, prepared, asked, seen, rows, seed)
+        units = {task.name: task.unit for task in project.tasks()}
+        lines = baseline_lines(table, prepared, asked, seen, rows, units, seed)
         compared = [(line.name, line.recipe) for line in lines if line.recipe is not None]
 
         def story(found: Found) -> Story:
@@ -103,10 +106,16 @@ def _refused(project: Project, name: str, base: str, say: Progress) -> None:
 
 
 def baseline_lines(
-    table: ScoreTable, prepared: Prepared, asked: Question, seen: Sequence[str], rows: TrainingRows, seed: int
+    table: ScoreTable,
+    prepared: Prepared,
+    asked: Question,
+    seen: Sequence[str],
+    rows: TrainingRows,
+    units: Mapping[str, str],
+    seed: int,
 ) -> list[Line]:
     """Every baseline's choice on the question; all but the live-tuned one know only recorded merges of `seen`."""
-    unit = scales(table.singles, prepared.base, {task.name: task.unit for task in prepared.tasks}, seen)
+    unit = scales(table.singles, prepared.base, dict(units), seen)
     history = past(table, seen, table.singles, prepared.base, unit)
     lines = fixed_lines(asked, history, len(prepared.names))
     target = prepared.objective
@@ -161,11 +170,10 @@ def demo_story(found: Found, lines: Sequence[Line], asked: Question, recorded: i
         f"evaluations expected; SimMerge paid {len(found.evaluated)}.",
         f"Scores measured now differ from the recorded ones by at most {drift:.1e}.",
     )
-    candidates = [(i, v, 0.0) for i, v in by_id.items()]
     return Story(
         baselines=tuple(shown),
         ladder=(random_curve(asked),),
-        recorded=tuple(candidates),
+        recorded=tuple(by_id.items()),
         notes=notes,
         prompt=PROMPT,
     )

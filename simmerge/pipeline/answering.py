@@ -130,7 +130,7 @@ def answer(
     status = Console(stderr=True, quiet=quiet)
 
     def say(stage: str, now: str) -> None:
-        status.print(f"[dim]{stage:12s}[/] {now}", highlight=False)
+        status.print(f"[dim]{stage:12s}[/] {now}", highlight=False, soft_wrap=True)
 
     prepared = prepare(project, names, tasks, project.probes(probes), progress=say)
     space = space_for(sizes, operators, seed=seed)

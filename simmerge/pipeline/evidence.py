@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -53,7 +53,7 @@ class Story:
 
     baselines: tuple[Baseline, ...] = ()
     ladder: tuple[BudgetCurve, ...] = ()
-    recorded: tuple[tuple[str, float, float], ...] = ()
+    recorded: tuple[tuple[str, float], ...] = ()
     spent: tuple[SpendRow, ...] = ()
     notes: tuple[str, ...] = ()
     prompt: str = ""
@@ -97,12 +97,12 @@ def _parent(found: Found, names: Sequence[str]) -> tuple[Comparison | None, Pare
     )
 
 
-def _candidates(ranking: Ranking, found: Found, recorded: dict[str, tuple[float, float]], top: int) -> list[Candidate]:
+def _candidates(ranking: Ranking, found: Found, recorded: Mapping[str, float], top: int) -> list[Candidate]:
     evaluated = {e.candidate.recipe_id: e for e in found.evaluated}
     shown: list[Candidate] = []
     for place, c in enumerate(ranking.candidates):
         result = evaluated.get(c.recipe_id)
-        value = (result.value, result.stderr) if result is not None else recorded.get(c.recipe_id)
+        value = result.value if result is not None else recorded.get(c.recipe_id)
         if place >= top and value is None:
             continue
         shown.append(
@@ -113,8 +113,8 @@ def _candidates(ranking: Ranking, found: Found, recorded: dict[str, tuple[float,
                 inputs=c.recipe.sources(),
                 predicted=Predicted(mean=c.mean, low=c.low, high=c.high),
                 coefficients=c.recipe.root.coefficients,
-                measured=None if value is None else value[0],
-                stderr=None if value is None else value[1],
+                measured=value,
+                stderr=None if result is None else result.stderr,
                 rung=3 if result is not None else 0,
                 chosen=result is not None,
                 reasons=c.reasons,
@@ -173,9 +173,11 @@ def report_data(
     per_model = seconds / spent.models if spent.models else 0.0
     rows = [
         *story.spent,
-        SpendRow(stage="once per checkpoint", what="single checkpoints scored", count=prepared.spent.models,
+        SpendRow(stage="fingerprints", what="checkpoints asked about", count=len(prepared.names),
+                 seconds=prepared.seconds["fingerprint"]),
+        SpendRow(stage="single scores", what="checkpoints scored once each", count=prepared.spent.models,
                  seconds=prepared.spent.evaluate_seconds, items=prepared.spent.items),
-        SpendRow(stage="rank", what="candidates predicted", count=len(ranking.candidates), seconds=0.0),
+        SpendRow(stage="rank", what="candidates predicted", count=len(ranking.candidates), seconds=ranking.seconds),
         SpendRow(stage="evaluate and report", what="models evaluated now (the rest was in the ledger)",
                  count=spent.models, seconds=seconds, items=spent.items),
     ]  # fmt: skip
@@ -203,11 +205,11 @@ def report_data(
             text=write_recipe(best.candidate.recipe),
             predicted=Predicted(mean=best.candidate.mean, low=best.candidate.low, high=best.candidate.high),
             select=Measured(value=best.value, stderr=best.stderr, items=items),
-            report=Measured(value=found.report_value, stderr=prepared.objective.stderr(found.report),
+            report=Measured(value=found.report_value, stderr=found.report_stderr,
                             items=report_items),
             parent=against,
         ),
-        candidates=tuple(_candidates(ranking, found, {i: (v, s) for i, v, s in story.recorded}, 60)),
+        candidates=tuple(_candidates(ranking, found, dict(story.recorded), 60)),
         similarity=_similarity(prepared),
         spent=Spend(rows=tuple(rows), full_evaluations=len(found.evaluated), exhaustive=exhaustive),
         baselines=story.baselines,

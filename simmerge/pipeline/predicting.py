@@ -1,5 +1,6 @@
 """From a catalogue and tasks to predictions: fingerprints, single scores, features, surrogate."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from simmerge.search.candidates import Space
 from simmerge.surrogate.fit import FittedSurrogate, fit_surrogate
 from simmerge.surrogate.rows import TrainingRows
 from simmerge.surrogate.store import load_surrogate
+from simmerge.types import ItemResult
 
 Progress = Callable[[str, str], None]
 """Called with a stage's name and what it does now."""
@@ -41,6 +43,7 @@ class Prepared:
         objective: what is wanted.
         extractor: features of candidates.
         spent: what the single scores cost now (nothing for those that the ledger held).
+        seconds: wall-clock time of the stages `fingerprint` and `score` now.
     """
 
     names: tuple[str, ...]
@@ -52,6 +55,7 @@ class Prepared:
     objective: Objective
     extractor: CandidateFeatures
     spent: Spent
+    seconds: Mapping[str, float]
 
 
 def prepare(
@@ -81,17 +85,22 @@ def prepare(
     chosen = project.tasks(tasks)
     base = str(entries[0].base)
     asked = tuple(entry.name for entry in entries)
+    began = time.perf_counter()
     store = project.fingerprints(probes)
     made = store.get(asked, progress=lambda name, new: progress("fingerprint", f"{name}{'' if new else ' (kept)'}"))
+    fingerprinted = time.perf_counter()
     singles: dict[tuple[str, str], float] = {}
+    base_items: dict[str, tuple[ItemResult, ...]] = {}
     measurer = project.measurer(asked, chosen)
     with measurer.sources as sources:
         for name in (base, *asked):
             progress("score", name)
             for task, score in measurer.checkpoint(name, [t.name for t in chosen], "select").items():
                 singles[name, task] = score.value
+                if name == base:
+                    base_items[task] = score.per_item
         digests = sources.digests
-    target = objective(chosen, singles, base, asked, weights)
+    target = objective(chosen, singles, base, asked, weights, base_items)
     return Prepared(
         names=asked,
         base=base,
@@ -102,6 +111,7 @@ def prepare(
         objective=target,
         extractor=extractor_for(made, base, singles, chosen, target.scale),
         spent=measurer.spent,
+        seconds={"fingerprint": fingerprinted - began, "score": time.perf_counter() - fingerprinted},
     )
 
 

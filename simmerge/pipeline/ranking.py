@@ -1,11 +1,13 @@
 """Predictions only: which merges of some checkpoints look best on some tasks, how sure that is, and why."""
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from simmerge.errors import SurrogateError, UsageError
+from simmerge.evaluate.statistics import standard_error
 from simmerge.evaluate.tasks import Task
 from simmerge.features.candidates import CandidateFeatures
 from simmerge.features.fingerprint import Fingerprint
@@ -13,7 +15,7 @@ from simmerge.pipeline.table import scales
 from simmerge.recipe import Recipe
 from simmerge.surrogate.explain import contributions
 from simmerge.surrogate.fit import FittedSurrogate
-from simmerge.types import Score
+from simmerge.types import ItemResult, Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,21 +30,42 @@ class Objective:
         weights: weight of each task, positive.
         base: the base's score by task.
         scale: unit of gains by task.
+        base_items: the base's results by task and item, for errors that are paired with it; may be empty.
     """
 
     tasks: tuple[str, ...]
     weights: tuple[float, ...]
     base: Mapping[str, float]
     scale: Mapping[str, float]
+    base_items: Mapping[str, tuple[ItemResult, ...]] = field(default_factory=dict[str, tuple[ItemResult, ...]])
 
     def of(self, scores: Mapping[str, float]) -> float:
         """Objective of a model with these scores by task."""
         return float(np.dot(self._shares(), [(scores[t] - self.base[t]) / self.scale[t] for t in self.tasks]))
 
     def stderr(self, scores: Mapping[str, Score]) -> float:
-        """Standard error of the objective, tasks being independent."""
-        parts = [w * scores[t].stderr / self.scale[t] for w, t in zip(self._shares(), self.tasks, strict=True)]
+        """Standard error of the objective over items, tasks being independent.
+
+        Gains are differences from the base on the same items, so the error is that of the paired differences
+        where both have results per item, and that of the score alone elsewhere.
+        """
+        parts = [w * self._error(scores[t]) / self.scale[t] for w, t in zip(self._shares(), self.tasks, strict=True)]
         return float(np.sqrt(np.sum(np.square(parts))))
+
+    def rebased(self, scores: Mapping[str, Score]) -> "Objective":
+        """The same objective on another split, where the base has these scores; the units stay."""
+        return replace(
+            self,
+            base={t: scores[t].value for t in self.tasks},
+            base_items={t: scores[t].per_item for t in self.tasks},
+        )
+
+    def _error(self, score: Score) -> float:
+        ours, base = score.per_item, self.base_items.get(score.task, ())
+        if not ours or [i.item for i in ours] != [i.item for i in base]:
+            return score.stderr
+        gaps = [x.value - y.value for x, y in zip(ours, base, strict=True)]
+        return standard_error(gaps, [i.weight for i in ours])
 
     def _shares(self) -> np.ndarray:
         return np.asarray(self.weights) / np.sum(self.weights)
@@ -54,6 +77,7 @@ def objective(
     base: str,
     names: Sequence[str],
     weights: Sequence[float] | None = None,
+    base_items: Mapping[str, tuple[ItemResult, ...]] | None = None,
 ) -> Objective:
     """The objective over tasks, its units taken from the single checkpoints `names`.
 
@@ -69,6 +93,7 @@ def objective(
         weights=given,
         base={task.name: singles[base, task.name] for task in tasks},
         scale=unit,
+        base_items=dict(base_items or {}),
     )
 
 
@@ -97,11 +122,19 @@ class RankedCandidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
-    """Candidates, best predicted first; equal predictions by id."""
+    """Candidates, best predicted first; equal predictions by id.
+
+    Attributes:
+        candidates: in that order.
+        objective: what was predicted.
+        outside: share of the feature rows that lie outside of the surrogate's training range.
+        seconds: what predicting all of them took.
+    """
 
     candidates: tuple[RankedCandidate, ...]
     objective: Objective
     outside: float
+    seconds: float = 0.0
 
 
 def rank(
@@ -128,14 +161,16 @@ def rank(
     """
     if not recipes:
         raise SurrogateError("there is no candidate to rank; allow more operators or sizes")
-    features = extractor.rows(recipes, target.tasks)
     if extractor.names() != surrogate.names:
         raise SurrogateError("the surrogate was fitted on other features; fit it again: simmerge surrogate fit")
+    began = time.perf_counter()
+    features = extractor.rows(recipes, target.tasks)
     count = len(target.tasks)
     whole = surrogate.predict_recipes(features, count, np.asarray(target.weights))
     rows = surrogate.predict(features)
     ids = [recipe.recipe_id(digests) for recipe in recipes]
     order = sorted(range(len(recipes)), key=lambda k: (-whole.mean[k], ids[k]))
+    seconds = time.perf_counter() - began
     by_task = rows.mean.reshape(len(recipes), count)
     found: list[RankedCandidate] = []
     for place, k in enumerate(order):
@@ -152,7 +187,7 @@ def rank(
             )
         )
     outside = float(np.mean(surrogate.outside(features)))
-    return Ranking(candidates=tuple(found), objective=target, outside=outside)
+    return Ranking(candidates=tuple(found), objective=target, outside=outside, seconds=seconds)
 
 
 def reasons(surrogate: FittedSurrogate, rows: np.ndarray, names: Sequence[str], count: int = 3) -> tuple[str, ...]:

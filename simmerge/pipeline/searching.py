@@ -55,7 +55,8 @@ class Found:
         best: the answer.
         evaluated: all evaluated candidates in the order in which they were chosen.
         report: the answer's scores on the `report` split.
-        report_value: its objective there.
+        report_value: its objective there, gains being over the base's scores on that split.
+        report_stderr: standard error of it.
         comparisons: the answer against its parents and other models there.
         seconds: wall-clock time of this call.
         resumed: whether an earlier, unfinished run was continued.
@@ -66,6 +67,7 @@ class Found:
     evaluated: tuple[Evaluated, ...]
     report: dict[str, Score]
     report_value: float
+    report_stderr: float
     comparisons: tuple[Comparison, ...]
     seconds: float
     resumed: bool
@@ -135,13 +137,14 @@ def search(
             progress(number + 1, result)
     best = max(evaluated, key=lambda e: (e.value, e.candidate.recipe_id))
     report = measurer.recipe(best.candidate.recipe, target.tasks, "report", rung="report")
+    there = target.rebased(measurer.checkpoint(measurer.base, target.tasks, "report"))
     measured: dict[str, dict[str, Score]] = {}
     for name, model in others:
         if isinstance(model, Recipe):
             measured[name] = measurer.recipe(model, target.tasks, "report", rung="report")
         else:
             measured[name] = measurer.checkpoint(model, target.tasks, "report")
-    comparisons = tuple(compare(name, report, scores, target, seed) for name, scores in measured.items())
+    comparisons = tuple(compare(name, report, scores, there, seed) for name, scores in measured.items())
     answer = {
         "recipe_id": best.candidate.recipe_id,
         "recipe": to_dict(best.candidate.recipe),
@@ -155,7 +158,8 @@ def search(
         best=best,
         evaluated=tuple(evaluated),
         report=report,
-        report_value=target.of(values(report)),
+        report_value=there.of(values(report)),
+        report_stderr=there.stderr(report),
         comparisons=comparisons,
         seconds=time.perf_counter() - began,
         resumed=run.resumed,
