@@ -72,15 +72,18 @@ class Project:
         return tuple(chosen)
 
     def probes(self, path: Path | str | None = None) -> ProbeSet:
-        """The probe set of a file; by default the workspace's `tasks/probes.jsonl`.
+        """The probe set of a file; by default the `probes.jsonl` beside the first task that has one.
 
         Raises:
-            UsageError: no file is given and the workspace has none.
+            UsageError: no file is given and there is none beside the tasks.
         """
         if path is None:
-            path = self.workspace.root / "tasks" / "probes.jsonl"
-            if not path.is_file():
-                raise UsageError("no probes: give a JSONL or text file with --probes")
+            beside = [Path(entry.path).parent / "probes.jsonl" for entry in self.ledger.tasks()]
+            path = next((file for file in beside if file.is_file()), None)
+        if path is None:
+            raise UsageError(
+                "no probes: give a JSONL or text file with --probes, or put probes.jsonl beside the tasks' YAMLs"
+            )
         return load_probes(path)
 
     def fingerprints(self, probes: ProbeSet) -> FingerprintStore:

@@ -32,8 +32,13 @@ COLUMNS = (
     "stderr",
     "items",
 )
-MIN_SCALE = {"accuracy": 0.05, "bits per byte": 0.02}
-"""Least unit that gains are counted in, by the task's unit: a task that no checkpoint moves teaches nothing."""
+MIN_SCALE = {"accuracy": 0.2, "bits per byte": 0.1}
+"""Least unit that gains are counted in, by the task's unit.
+
+Without it a task that no checkpoint was made for would count its noise, and its losses, in tiny units."""
+LOWEST = -2.0
+"""Training targets are cut there: a merge that lost twice the best specialist's gain is broken, and how much more
+it lost would only drown the differences between the merges that one chooses from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +142,8 @@ def training_rows(
 ) -> TrainingRows:
     """Features and normalised gains of recorded recipes on every task that has a scale.
 
-    The target is `(score - base's score) / scale`; rows count by the inverse of their variance, with a floor
-    that keeps one noisy task from being ignored.
+    The target is `(score - base's score) / scale`, cut at `LOWEST`. Rows count by the inverse of their variance,
+    with a floor that keeps one noisy task from being ignored.
     """
     tasks = [task for task in table.tasks if task in scale and (base, task) in table.singles]
     recipes = [recipe for _, recipe in chosen]
@@ -149,7 +154,7 @@ def training_rows(
     return TrainingRows(
         features=features,
         names=extractor.names(),
-        target=target,
+        target=np.maximum(target, LOWEST),
         weight=1 / (0.15**2 + error**2) * 0.15**2,
         recipe=tuple(i for i, _, _ in keys),
         task=tuple(t for _, _, t in keys),

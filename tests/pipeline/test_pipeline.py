@@ -145,7 +145,7 @@ def test_search_refuses_before_it_pays(project: Project, family: Path, tmp_path:
 def test_scales_have_a_floor() -> None:
     singles = {("base", "t"): 0.5, ("a", "t"): 0.51, ("base", "u"): -2.0, ("a", "u"): -1.5}
     found = scales(singles, "base", {"t": "accuracy", "u": "bits per byte"}, ["a"])
-    assert found == {"t": 0.05, "u": pytest.approx(0.5)}
+    assert found == {"t": 0.2, "u": pytest.approx(0.5)}
 
 
 def test_lines_of_a_question_follow_their_definitions() -> None:

@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simmerge.data import shipped
+from simmerge.demo import FOREIGN, HELD_OUT, skills, texts
+from simmerge.demo.materialize import materialize_tasks
+from simmerge.demo.story import random_curve, run_demo
+from simmerge.evaluate.tasks import load_tasks
+from simmerge.pipeline.comparing import Question
+from simmerge.pipeline.predicting import space_for
+from simmerge.pipeline.table import read_table
+from simmerge.rng import rng_for
+from simmerge.search.candidates import candidates
+
+FACTS = json.loads(shipped("catalog", "catalog.json").read_text())
+NAMES = [n for n in FACTS["checkpoints"] if n not in (FACTS["base"], FOREIGN)]
+
+
+@pytest.fixture(scope="module")
+def table():
+    return read_table(shipped("scores", "mini.parquet"))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return materialize_tasks(shipped("tasks"), tmp_path_factory.mktemp("tasks") / "tasks")
+
+
+def test_the_catalogue_is_small_and_varied() -> None:
+    size = sum(p.stat().st_size for p in shipped("catalog").rglob("*") if p.is_file())
+    assert size < 60_000_000
+    assert len(NAMES) >= 12
+    assert set(HELD_OUT) < set(NAMES)
+    assert len({f["rate"] for f in FACTS["facts"].values()}) >= 2
+    assert len({f["steps"] for f in FACTS["facts"].values()}) >= 2
+
+
+def test_the_table_has_every_single_checkpoint_and_enough_merges(table, tasks: Path) -> None:
+    names = {task.name for task in load_tasks(tasks)}
+    assert set(table.tasks) == names
+    assert len(names) >= 8
+    assert {(n, t) for n in ["base", *NAMES] for t in names} <= set(table.singles)
+    assert len(table.recipes) >= 1500
+    assert all((i, t) in table.scores for i in table.ids for t in names)
+
+
+def test_every_candidate_of_the_demo_is_recorded(table) -> None:
+    recorded = {r.canonical() for _, r in table.over(HELD_OUT)}
+    wanted = candidates(HELD_OUT, "base", space_for([2, 3, 4, 5]))
+    assert {r.canonical() for r in wanted} <= recorded
+
+
+def test_experts_are_far_above_the_base_at_what_they_learned(table) -> None:
+    for name, task in (("sort", "skill_sort"), ("numbers", "skill_larger"), ("letters", "skill_next"),
+                       ("joiner", "skill_join"), ("coder_rotator", "skill_rotate")):  # fmt: skip
+        assert table.singles[name, task] > table.singles["base", task] + 0.4
+
+
+def test_splits_and_probes_share_no_document(tasks: Path) -> None:
+    for domain in texts.DOMAINS:
+        seen: list[str] = []
+        for split in ("select", "search", "report"):
+            lines = (tasks / "texts" / f"{domain}.{split}.jsonl").read_text().splitlines()
+            seen += [json.loads(line)["text"] for line in lines]
+        assert len(seen) == len(set(seen)) == 88
+
+
+@pytest.mark.parametrize("skill", skills.ALL)
+def test_items_are_right_and_on_their_side_of_the_split(skill: str) -> None:
+    for held_out in (True, False):
+        item = skills.draw(skill, rng_for(0, skill), held_out=held_out)
+        name, _, rest = item.context.partition(" ")
+        assert name == skill
+        key = rest.removesuffix(" =").replace(" , ", ",").replace(" ", "")
+        assert skills.is_held_out(key) == held_out
+        got = item.answer.strip().replace(" ", "")
+        if skill in skills.STRING_SKILLS:
+            assert got == skills.STRING_SKILLS[skill](key)
+        else:
+            a, b = (int(v) for v in key.split(","))
+            assert got == skills.NUMBER_SKILLS[skill](a, b)
+
+
+def test_skills_by_hand() -> None:
+    strings = {"reverse": "cba", "sort": "abc", "next": "bcd", "before": "zab", "rotate": "bca", "upper": "ABC"}
+    assert {k: skills.STRING_SKILLS[k]("abc") for k in strings} == strings
+    assert skills.STRING_SKILLS["sort"]("cab") == "abc"
+    numbers = {"add": "70", "gap": "24", "larger": "47", "smaller": "23", "join": "4723", "left": "23", "right": "47"}
+    assert {k: skills.NUMBER_SKILLS[k](23, 47) for k in numbers} == numbers
+
+
+def test_the_random_curve_is_the_expected_maximum() -> None:
+    recipes = tuple(candidates(["a", "b"], "base", space_for([2])))
+    recorded = np.random.default_rng(3).normal(size=len(recipes))
+    asked = Question(recipes=recipes, ids=tuple(map(str, range(len(recipes)))), recorded=recorded)
+    points = dict(random_curve(asked).points)
+    assert points[1.0] == pytest.approx(recorded.mean())
+    assert points[float(len(recipes))] == pytest.approx(recorded.max())
+    draws = np.random.default_rng(4)
+    best = [draws.choice(recorded, size=4, replace=False).max() for _ in range(20_000)]
+    # the standard error of 20,000 maxima is below 0.006; five of them
+    assert points[4.0] == pytest.approx(np.mean(best), abs=0.03)
+
+
+@pytest.mark.slow
+def test_the_demo_is_honest(tmp_path: Path, table) -> None:
+    answer = run_demo(tmp_path / "work", budget=3, quiet=True)
+    found = answer.found
+    assert len(found.evaluated) == 3
+    for e in found.evaluated:
+        for task, score in e.scores.items():
+            assert score.value == pytest.approx(table.scores[e.candidate.recipe_id, task], abs=1e-5)
+    names = {line.name for line in answer.report.baselines}
+    assert {"SimMerge", "random", "oracle", "best fixed operator", "tuned linear / task arithmetic"} <= names
+    regret = {line.name: line.regret for line in answer.report.baselines}
+    assert regret["oracle"] == 0
+    assert regret["random"] == pytest.approx(1)
+    assert answer.report.sample is not None
+    assert answer.report.sample.text
+    again = run_demo(tmp_path / "work", budget=3, quiet=True)
+    assert again.found.best.candidate.recipe_id == found.best.candidate.recipe_id
