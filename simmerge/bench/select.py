@@ -46,13 +46,11 @@ def run(workspace: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any
     methods = (SurrogateMethod(), *standard("input_task_norm", "pair_task_cosine"))
     results = compare(rows, folds, methods, seed)
     by_name = {r.method: asdict(r) for r in results}
-    ours, fixed = by_name["surrogate"], by_name["best fixed"]
-    regret = {name: float(r["regret"][0]) for name, r in by_name.items()}
+    regret = {name: float(r["regret"][1]) for name, r in by_name.items()}
     bar = 0.5 * min(regret[n] for n in regret if n.startswith(("best fixed", "always tuned")))
     targets = [
-        Target(name="regret without evaluation, against half of the best fixed rule's", value=regret["surrogate"],
+        Target(name="regret of the first choice, against half of the best fixed rule's", value=regret["surrogate"],
                target=f"<= {bar:.3f}", holds=regret["surrogate"] <= bar),
     ]  # fmt: skip
-    del ours, fixed
     command = f"simmerge bench select --seed {seed}{' --quick' if quick else ''}"
     return report({"methods": by_name, "rows": len(rows), "folds": len(folds)}, targets, command)

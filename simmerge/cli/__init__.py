@@ -6,7 +6,6 @@ Nothing heavy is imported before a command needs it, so that `simmerge --help` a
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from simmerge.cli import bench, catalog, demo, merging, operators, predicting, surrogates, tasks
@@ -48,28 +47,18 @@ def root(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit code is 0 done, 1 failed, 2 usage, 130 interrupted."""
+    """Run the command line; the exit code is 0 done, 1 failed, 2 usage."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
     try:
-        result = app(args=given, prog_name="simmerge", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return 2
-    except click.UsageError as error:
-        error.show()
-        return 2
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        console(stderr=True).print("interrupted; what was measured is kept, run the same command again to go on")
-        return 130
+        app(args=given, prog_name="simmerge")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except (SimMergeError, OSError) as error:
-        if debug:
+        if "--debug" in given:
             raise
         console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
         return error.exit_code if isinstance(error, SimMergeError) else 1
+    return 0
 
 
 def _escaped(error: Exception) -> str:

@@ -53,6 +53,8 @@ def select(
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
+    if isinstance(value, dict):
+        return " ".join(f"{k}:{_cell(v)}" for k, v in value.items())
     if isinstance(value, tuple | list):
         return " ".join(_cell(v) for v in cast("Sequence[object]", value))
     return str(value)

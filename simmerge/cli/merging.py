@@ -44,9 +44,12 @@ def merge(
     The folder loads with AutoModelForCausalLM and carries its recipe, its inputs' digests and a model card.
     """
     plan = read_recipe_file(recipe)
-    with opened(workspace) as project, bar("tensors", 1, as_json) as step:
-        result = project.merge(plan, out)
-        step()
+    with opened(workspace) as project:
+        from simmerge.checkpoint.checkpoint import open_checkpoint
+
+        first = project.catalog.entry(plan.sources()[0])
+        with bar("tensors", len(open_checkpoint(first.path).tensors), as_json) as step:
+            result = project.merge(plan, out, progress=lambda _done, _total: step())
     facts = {"path": str(result.path), "recipe_id": result.recipe_id, "sha256": result.content_sha256,
              "bytes": result.stored_bytes}  # fmt: skip
     if as_json:
