@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from simmerge.bench.result import Target, report
 from simmerge.data import shipped
 from simmerge.demo import FOREIGN
@@ -45,7 +47,11 @@ def run(workspace: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any
     folds = checkpoint_folds(rows.sources, 3 if quick else 5, seed)
     methods = (SurrogateMethod(), *standard("input_task_norm", "pair_task_cosine"))
     results = compare(rows, folds, methods, seed)
-    by_name = {r.method: asdict(r) for r in results}
+    by_name: dict[str, dict[str, Any]] = {}
+    for result in results:
+        row = asdict(result)
+        each = np.asarray(row.pop("regrets"), dtype=np.float64)
+        by_name[result.method] = row | {"regret_stderr": float(each.std(ddof=1) / np.sqrt(len(each)))}
     regret = {name: float(r["regret"][1]) for name, r in by_name.items()}
     bar = 0.5 * min(regret[n] for n in regret if n.startswith(("best fixed", "always tuned")))
     targets = [

@@ -1,8 +1,7 @@
 """`simmerge bench`: the benchmarks of this project."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -50,11 +49,9 @@ def select(
         raise typer.Exit(1)
 
 
-def _cell(value: object) -> str:
+def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, dict):
-        return " ".join(f"{k}:{_cell(v)}" for k, v in value.items())
-    if isinstance(value, tuple | list):
-        return " ".join(_cell(v) for v in cast("Sequence[object]", value))
+        return " ".join(f"{key}: {cell:.3f}" for key, cell in cast("dict[int, float]", value).items())
     return str(value)
