@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from simmerge.errors import UsageError
+from simmerge.files import write_atomic
 from simmerge.operators import label
-from simmerge.pipeline.evidence import Story, report_data
+from simmerge.pipeline.evidence import Story, generate, report_data
 from simmerge.pipeline.predicting import Prepared, prepare, rank_candidates, space_for, surrogate_of
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.ranking import Ranking
@@ -205,16 +206,13 @@ def conclude(
     extra = story(found) if story is not None else Story()
     data = report_data(
         project, prepared, ranking, model, found, measurer.spent, extra, command=command, seed=seed, budget=budget,
-        merged=None,
     )  # fmt: skip
     if not merged.exists():
         project.merge(best.recipe, merged, evidence=evidence_of(data))
-    data = report_data(
-        project, prepared, ranking, model, found, measurer.spent, extra, command=command, seed=seed, budget=budget,
-        merged=merged,
-    )  # fmt: skip
+    if extra.prompt:
+        data = replace(data, sample=generate(merged, extra.prompt))
     page = project.workspace.reports / f"{best.recipe_id}.html"
     write_report(data, page)
-    page.with_suffix(".json").write_text(to_json(data), encoding="utf-8")
+    write_atomic(page.with_suffix(".json"), to_json(data))
     say("report", f"{page} ({time.perf_counter() - began:.0f} s in all)")
     return Answer(found=found, report=data, merged=merged, page=page)

@@ -162,9 +162,8 @@ def report_data(
     command: str,
     seed: int,
     budget: int,
-    merged: Path | None,
 ) -> ReportData:
-    """The report of a search; `merged` adds a sample of its text."""
+    """The report of a search, without a sample of the merged model's text."""
     best = found.best
     items = sum(score.items for score in best.scores.values())
     report_items = sum(score.items for score in found.report.values())
@@ -215,7 +214,6 @@ def report_data(
         baselines=story.baselines,
         ladder=(*story.ladder, _our_curve(found)),
         checkpoints=tuple(_checkpoints(project, prepared)),
-        sample=None if merged is None or not story.prompt else generate(merged, story.prompt),
         notes=tuple(note for note in notes if note),
     )  # fmt: skip
 

@@ -88,14 +88,11 @@ class Measurer:
             self._merger = MemoryMerger(self.sources)
         return self._merger
 
-    def _missing(self, subject: str, names: Sequence[str], split: str) -> dict[str, Score | None]:
-        digest = {task.name: task.digest for task in self.tasks}
-        return {name: self.ledger.score(subject, digest[name], split, settings=SETTINGS) for name in names}
-
     def _measure(
         self, subject: str, load: Callable[[], None], names: Sequence[str], split: str, rung: str
     ) -> dict[str, Score]:
-        known = self._missing(subject, names, split)
+        digest = {task.name: task.digest for task in self.tasks}
+        known = {name: self.ledger.score(subject, digest[name], split, settings=SETTINGS) for name in names}
         missing = [name for name, score in known.items() if score is None]
         if missing:
             began = time.perf_counter()
@@ -108,7 +105,6 @@ class Measurer:
             scores = self._evaluator.score(model, tokenizer, missing, split)
             self.spent.evaluate_seconds += time.perf_counter() - began
             self.spent.models += 1
-            digest = {task.name: task.digest for task in self.tasks}
             for score in scores:
                 self.spent.items += score.items
                 kept = score if self.keep_items else _without_items(score)

@@ -13,7 +13,7 @@ from simmerge.features.candidates import CandidateFeatures
 from simmerge.features.fingerprint import Fingerprint
 from simmerge.pipeline.table import scales
 from simmerge.recipe import Recipe
-from simmerge.surrogate.explain import contributions
+from simmerge.surrogate.explain import top_reasons
 from simmerge.surrogate.fit import FittedSurrogate
 from simmerge.types import ItemResult, Score
 
@@ -183,18 +183,16 @@ def rank(
                 low=float(whole.low[k]),
                 high=float(whole.high[k]),
                 by_task=dict(zip(target.tasks, (float(v) for v in by_task[k]), strict=True)),
-                reasons=() if part is None else reasons(surrogate, part, extractor.names()),
+                reasons=() if part is None else reasons(surrogate, part),
             )
         )
     outside = float(np.mean(surrogate.outside(features)))
     return Ranking(candidates=tuple(found), objective=target, outside=outside, seconds=seconds)
 
 
-def reasons(surrogate: FittedSurrogate, rows: np.ndarray, names: Sequence[str], count: int = 3) -> tuple[str, ...]:
+def reasons(surrogate: FittedSurrogate, rows: np.ndarray, count: int = 3) -> tuple[str, ...]:
     """The features that move a candidate's prediction most, averaged over its tasks: `name +0.12`."""
-    mean = contributions(surrogate, rows).values.mean(axis=0)
-    order = sorted(range(len(names)), key=lambda j: (-abs(mean[j]), names[j]))[:count]
-    return tuple(f"{names[j]} {mean[j]:+.2f}" for j in order if mean[j] != 0)
+    return tuple(f"{r.feature} {r.contribution:+.2f}" for r in top_reasons(surrogate, rows, count))
 
 
 def extractor_for(
