@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-quick lint types bench constraints clean
+.PHONY: demo test test-quick test-peer lint types bench constraints clean
 
 $(STAMP): pyproject.toml constraints.txt data/packages.txt
 	command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; run: make PYTHON=/path/to/python3.11 …"; exit 1; }
@@ -18,10 +18,13 @@ demo: $(STAMP)  ## choose, make and report a merge of the shipped catalogue; abo
 	$(BIN)/simmerge demo
 
 test: $(STAMP)  ## every test that needs no accelerator
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not peer"
+
+test-peer: $(STAMP)  ## beside mergekit, which it installs into an environment of its own
+	$(BIN)/python -m pytest -m peer
 
 test-quick: $(STAMP)  ## without the slow ones
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not peer"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ from simmerge.errors import FingerprintError, UnknownNameError, UsageError
 from simmerge.features import measures, pairs
 from simmerge.features.columns import COLUMNS, Batch, table
 from simmerge.features.fingerprint import Fingerprint, require_comparable
-from simmerge.recipe import Recipe, Step, steps
+from simmerge.recipe import Node, Recipe, Stack, Step, source_of, steps
 
 Array = npt.NDArray[np.float64]
 
@@ -22,19 +22,27 @@ _AT_ONCE = 16
 """Recipes whose stand-in distributions are held at once: 16 x 512 positions x 50 outcomes are 3 MB."""
 
 
-def effective_weights(step: Step, shares: Callable[[Step], Sequence[float]]) -> dict[str, float]:
+def effective_weights(node: Node, shares: Callable[[Step], Sequence[float]]) -> dict[str, float]:
     """Factor of each source's task vector in the merged one, by name in the order of first use.
 
     An intermediate of a tree is taken as the linear combination `sum_i share_i · tau_i` of its inputs;
     exact for linear operators, a stand-in for others.
 
     Args:
-        step: root of the tree.
+        node: root of the tree.
         shares: factors of a step's inputs, one per input.
+
+    Raises:
+        UsageError: the recipe stacks layers; such a merge has no task vector.
     """
+    if isinstance(node, Stack):
+        raise UsageError(
+            "a stack of layers has no features: it has another number of layers than its base, and so no task vector; "
+            "evaluate it instead"
+        )
     result: dict[str, float] = {}
-    for item, share in zip(step.inputs, shares(step), strict=True):
-        inner = {item: 1.0} if isinstance(item, str) else effective_weights(item, shares)
+    for item, share in zip(node.inputs, shares(node), strict=True):
+        inner = effective_weights(item, shares) if isinstance(item, Step | Stack) else {source_of(item): 1.0}
         for name, weight in inner.items():
             result[name] = result.get(name, 0.0) + share * weight
     return result
@@ -139,7 +147,8 @@ class CandidateFeatures:
         for row, recipe in enumerate(recipes):
             plan = self._plan(row, recipe)
             groups.setdefault(len(plan.sources), []).append(plan)
-            described = self._describe(recipe.root)
+            root = recipe.root
+            described: Mapping[str, float] = self._describe(root) if isinstance(root, Step) else {}
             result[row, :, len(COLUMNS) :] = [described.get(name, math.nan) for name in self._descriptors]
         for plans in groups.values():
             result[[plan.row for plan in plans], :, : len(COLUMNS)] = table(self._batch(plans, tasks))

@@ -37,8 +37,9 @@ class UnknownNameError(UsageError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1)
-        parts = [f"unknown {kind} '{name}'."]
+        near = difflib.get_close_matches(name[:200], names, n=1)
+        # By repr and cut: the name may come from a file, with control codes, unpaired surrogates or a book in it.
+        parts = [f"unknown {kind} {name[:80]!r}{'…' if len(name) > 80 else ''}."]
         if near:
             parts.append(f"Did you mean '{near[0]}'?")
         shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")

@@ -175,11 +175,14 @@ def _left_clean(target: Path, temporary: Path, needs: int | None) -> Generator[N
         yield
     except BaseException as error:
         written = _size(temporary)
-        _remove(temporary)
+        # A disk that cannot be written to refuses this too; what is told is the first error.
+        with contextlib.suppress(OSError):
+            _remove(temporary)
         if _is_full(error):
             message = _full(target, free_bytes(target), needs if needs is not None else written)
             raise WorkspaceError(message) from error
-        if isinstance(error, OSError) and _names(error, temporary):
+        # A file that grows past a limit of this process (EFBIG) is told without its name.
+        if isinstance(error, OSError) and (error.errno == errno.EFBIG or _names(error, temporary)):
             raise WorkspaceError(f"cannot write '{target}': {error.strerror}") from error
         raise
 

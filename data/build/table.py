@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from simmerge.demo import FOREIGN, HELD_OUT
 from simmerge.demo.materialize import materialize_tasks
 from simmerge.evaluate.tasks import load_tasks
-from simmerge.operators import OPERATORS, form
+from simmerge.operators import OPERATORS, RECORDED, form
 from simmerge.pipeline.catalog import Catalog
 from simmerge.pipeline.measuring import Measurer
 from simmerge.recipe import Recipe
@@ -36,7 +36,7 @@ MULTI = {3: 24, 4: 10, 5: 6}
 
 def space(*sizes: int) -> Space:
     """Every operator on every level of its coefficients."""
-    return Space(sizes=sizes, operators=tuple(OPERATORS.values()), sequences=max(sizes) <= 3)
+    return Space(sizes=sizes, operators=tuple(OPERATORS[name] for name in RECORDED), sequences=max(sizes) <= 3)
 
 
 def plan(names: list[str], base: str) -> list[Recipe]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from simmerge.checkpoint.checkpoint import Checkpoint, tokenizer_digest
 from simmerge.checkpoint.header import TensorInfo
 from simmerge.checkpoint.stream import iter_bytes
+from simmerge.checkpoint.text import bare, shown
 from simmerge.errors import IncompatibleError
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -15,6 +16,9 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embe
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 """Names of output heads that may be tied to the embeddings."""
+
+VOCABULARY = (*EMBEDDINGS, *HEADS, "lm_head.bias")
+"""Last parts of the names of all tensors with a row per token."""
 
 _FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -37,7 +41,7 @@ _FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Settings that change the function without changing a tensor's shape, with the names they go by."""
 
 
-def problems(reference: Checkpoint, other: Checkpoint) -> tuple[str, ...]:
+def problems(reference: Checkpoint, other: Checkpoint, *, vocabulary: bool = False) -> tuple[str, ...]:
     """Everything that speaks against merging two checkpoints; empty when nothing does.
 
     Compared are architecture, tensors and their shapes, tokenizers (where both have one) and the settings
@@ -46,31 +50,38 @@ def problems(reference: Checkpoint, other: Checkpoint) -> tuple[str, ...]:
     Args:
         reference: what the other must fit; messages call it by its folder's name.
         other: the checkpoint in question.
+        vocabulary: whether the merge gives all of them one vocabulary, so that tokenizers and the rows of
+            embeddings and heads may differ.
 
     Raises:
         CheckpointError: a tokenizer or a tied head cannot be read.
     """
-    found = [*_kinds(reference, other), *_names(reference, other), *_shapes(reference, other)]
-    found += _tokenizers(reference, other)
+    found = [*_kinds(reference, other), *_names(reference, other), *_shapes(reference, other, vocabulary)]
+    if not vocabulary:
+        found += _tokenizers(reference, other)
     return tuple(found + _settings(reference, other))
 
 
-def require_compatible(reference: Checkpoint, *others: Checkpoint) -> None:
-    """Refuse checkpoints that cannot be merged with `reference`.
+def require_compatible(reference: Checkpoint, *others: Checkpoint, vocabulary: bool = False) -> None:
+    """Refuse checkpoints that cannot be merged with `reference`; arguments as for `problems`.
 
     Raises:
         IncompatibleError: with the problems of all of them in one message.
     """
-    lines = [f"  {other.path}: {text}" for other in others for text in problems(reference, other)]
-    if lines:
+    found = [(other, text) for other in others for text in problems(reference, other, vocabulary=vocabulary)]
+    if found:
+        lines = [f"  {other.path}: {text}" for other, text in found]
+        hint = ""
+        if any(text.startswith(("vocabulary: ", "tokenizer: ")) for _, text in found):
+            hint = " For another vocabulary, give the recipe 'tokenizer: {source: union}'."
         raise IncompatibleError(
             f"these cannot be merged with {reference.path}, which they must fit in architecture, shapes, "
-            "vocabulary and settings:\n" + "\n".join(lines) + "\nLeave them out, or use their own base."
+            "vocabulary and settings:\n" + "\n".join(lines) + f"\nLeave them out, or use their own base.{hint}"
         )
 
 
 def _both(reference: Checkpoint, other: Checkpoint, ours: object, theirs: object) -> str:
-    return f"{ours} in '{reference.path.name}', {theirs} in '{other.path.name}'"
+    return f"{bare(ours)} in '{reference.path.name}', {bare(theirs)} in '{other.path.name}'"
 
 
 def _kinds(reference: Checkpoint, other: Checkpoint) -> list[str]:
@@ -108,12 +119,12 @@ def _untied_head(checkpoint: Checkpoint, name: str) -> str | None:
     """Why a stored head is more than a copy of the embeddings; None when it is a copy."""
     head = checkpoint.tensors[name]
     embeddings = [info for key, info in checkpoint.tensors.items() if key.endswith(EMBEDDINGS)]
-    where = f"tied weights: '{checkpoint.path.name}' stores '{name}' although its config ties it"
+    where = f"tied weights: '{checkpoint.path.name}' stores {shown(name)} although its config ties it"
     if len(embeddings) != 1:
         return f"{where}, and it has {len(embeddings)} embeddings to compare it with"
     if _same_content(head, embeddings[0]):
         return None
-    return f"{where}, and it differs from '{embeddings[0].name}'; save the model again with transformers"
+    return f"{where}, and it differs from {shown(embeddings[0].name)}; save the model again with transformers"
 
 
 def _same_content(one: TensorInfo, two: TensorInfo) -> bool:
@@ -123,30 +134,30 @@ def _same_content(one: TensorInfo, two: TensorInfo) -> bool:
     return all(left.data == right.data for left, right in pairs)
 
 
-def _shapes(reference: Checkpoint, other: Checkpoint) -> list[str]:
+def _shapes(reference: Checkpoint, other: Checkpoint, ignore_rows: bool) -> list[str]:
     vocabulary: list[str] = []
     others: list[str] = []
     for name, info in reference.tensors.items():
         theirs = other.tensors.get(name)
         if theirs is None or theirs.shape == info.shape:
             continue
-        rows_only = len(info.shape) == 2 and info.shape[1:] == theirs.shape[1:]
-        if rows_only and name.endswith((*EMBEDDINGS, *HEADS)):
+        rows_only = len(info.shape) == len(theirs.shape) > 0 and info.shape[1:] == theirs.shape[1:]
+        if rows_only and name.endswith(VOCABULARY):
             rows = _both(reference, other, f"{info.shape[0]} rows", theirs.shape[0])
-            vocabulary.append(f"vocabulary: '{name}' has {rows}")
+            vocabulary.append(f"vocabulary: {shown(name)} has {rows}")
         else:
             shapes = _both(reference, other, list(info.shape), list(theirs.shape))
-            others.append(f"shape of '{name}': {shapes}")
+            others.append(f"shape of {shown(name)}: {shapes}")
     if len(others) > 3:
         others = [*others[:3], f"shapes of {len(others) - 3} more tensors differ"]
-    return vocabulary + others
+    return others if ignore_rows else vocabulary + others
 
 
 def _tokenizers(reference: Checkpoint, other: Checkpoint) -> list[str]:
-    ours, theirs = tokenizer_digest(reference.path), tokenizer_digest(other.path)
+    ours, theirs = tokenizer_digest(reference.tokenizer_folder), tokenizer_digest(other.tokenizer_folder)
     if ours is None or theirs is None or ours == theirs:
         return []
-    forms = [(checkpoint.path / "tokenizer.json").exists() for checkpoint in (reference, other)]
+    forms = [(checkpoint.tokenizer_folder / "tokenizer.json").exists() for checkpoint in (reference, other)]
     if forms[0] != forms[1]:
         lacking = (other if forms[0] else reference).path.name
         return [
@@ -172,7 +183,7 @@ def _settings(reference: Checkpoint, other: Checkpoint) -> list[str]:
     keys = set(ours) & set(theirs) if nested[0] != nested[1] else set(ours) | set(theirs)
     for key in sorted(keys):
         if not _equal(ours.get(key), theirs.get(key)):
-            found.append(f"rotary {key}: {_both(reference, other, ours.get(key), theirs.get(key))}")
+            found.append(f"rotary {bare(key)}: {_both(reference, other, ours.get(key), theirs.get(key))}")
     return found
 
 
@@ -205,5 +216,8 @@ def _rope(checkpoint: Checkpoint) -> dict[str, Any]:
 def _equal(ours: Any, theirs: Any) -> bool:
     """Equality, for numbers up to the rounding of a decimal text."""
     if isinstance(ours, float) and isinstance(theirs, (int, float)):
-        return math.isclose(ours, theirs, rel_tol=1e-9)
+        try:
+            return math.isclose(ours, theirs, rel_tol=1e-9)
+        except OverflowError:  # an integer beyond the range of floats
+            return False
     return bool(ours == theirs)

@@ -5,12 +5,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
 from simmerge.checkpoint.header import TensorInfo, read_header
-from simmerge.checkpoint.text import read_object
+from simmerge.checkpoint.text import bare, read_object, shown
 from simmerge.errors import CheckpointError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _AGAIN = "Download the checkpoint again."
@@ -20,30 +21,47 @@ _CONVERT = (
 )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and not the weights of a whole model."""
+    return _exists(folder / ADAPTER_CONFIG) and not _has_weights(folder)
+
+
 def checkpoint_folder(path: Path | str) -> Path:
     """`path`, when it is a folder with a config.
 
     Raises:
-        CheckpointError: no such path, a file, an adapter, or a folder without config.json.
+        CheckpointError: no such path, a file, or a folder without config.json.
     """
     folder = Path(path)
-    if not folder.exists():
+    if not _exists(folder):
         raise CheckpointError(f"{folder}: no such folder. Give the path of a checkpoint's folder.")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint is a folder. Give the folder that holds {CONFIG}.")
-    if (folder / "adapter_config.json").exists() and not _has_weights(folder):
-        raise CheckpointError(
-            f"{folder} is an adapter (adapter_config.json, no weights of a whole model); adapters are not "
-            "supported yet. Merge it into its base first, with "
-            "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder)."
-        )
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}, so it is no checkpoint. {_AGAIN}")
     return folder
 
 
+def _exists(path: Path) -> bool:
+    """Whether something stands there; CheckpointError where the system does not let one look."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        raise _no_look(path, error) from None
+    return True
+
+
+def _no_look(path: Path, error: OSError) -> CheckpointError:
+    # A name may be too long for the system, and would then be too long for a message.
+    return CheckpointError(
+        f"{bare(str(path), 300)} cannot be read: {error.strerror or error}. Check the path and its permissions."
+    )
+
+
 def _has_weights(folder: Path) -> bool:
-    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+    return _exists(folder / SINGLE) or _exists(folder / INDEX)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -60,9 +78,9 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
         CheckpointError: no safetensors weights, a damaged file, an index that does not fit its shards,
             or no tensor at all.
     """
-    if (folder / SINGLE).exists():
+    if _exists(folder / SINGLE):
         tensors = dict(read_header(folder / SINGLE).tensors)
-    elif (folder / INDEX).exists():
+    elif _exists(folder / INDEX):
         tensors = _read_sharded(folder)
     else:
         raise _no_weights(folder)
@@ -73,18 +91,21 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 def _no_weights(folder: Path) -> CheckpointError:
     """The error for a folder without `SINGLE` and `INDEX`, by what it holds in their place."""
-    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    try:
+        names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    except OSError as error:
+        return _no_look(folder, error)
     found = [name for name in names if name.endswith(".safetensors")]
     if found:
         return CheckpointError(
-            f"{folder} has neither {SINGLE} nor {INDEX}, but {', '.join(found[:3])}. Download the index, or "
+            f"{folder} has neither {SINGLE} nor {INDEX}, but {bare(', '.join(found[:3]))}. Download the index, or "
             f"rename the file to {SINGLE} if it is the whole model."
         )
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
-        return CheckpointError(f"{folder} has its weights only as {', '.join(pickles[:3])}. {_CONVERT}")
+        return CheckpointError(f"{folder} has its weights only as {bare(', '.join(pickles[:3]))}. {_CONVERT}")
     return CheckpointError(
-        f"{folder} has no weights: {SINGLE} or {INDEX} is needed, found {', '.join(names[:8])}. {_AGAIN}"
+        f"{folder} has no weights: {SINGLE} or {INDEX} is needed, found {bare(', '.join(names[:8]), 300)}. {_AGAIN}"
     )
 
 
@@ -93,13 +114,13 @@ def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         file = folder / shard
-        if not file.exists():
-            raise CheckpointError(f"{folder / INDEX} names the shard '{shard}', which is missing. {_AGAIN}")
+        if not _exists(file):
+            raise CheckpointError(f"{folder / INDEX} names the shard {shown(shard)}, which is missing. {_AGAIN}")
         for name, info in read_header(file).tensors.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{folder}: tensor '{name}' stands in two shards, '{tensors[name].file.name}' and "
-                    f"'{shard}'; which one is meant cannot be told. Save the model again."
+                    f"{folder}: tensor {shown(name)} stands in two shards, {shown(tensors[name].file.name)} "
+                    f"and {shown(shard)}; which one is meant cannot be told. Save the model again."
                 )
             tensors[name] = info
     _check_index(folder, weight_map, tensors)
@@ -110,15 +131,15 @@ def _check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[s
     for name, shard in weight_map.items():
         info = tensors.get(name)
         if info is None or info.file != folder / shard:
-            place = "in no shard" if info is None else f"in '{info.file.name}'"
+            place = "in no shard" if info is None else f"in {shown(info.file.name)}"
             raise CheckpointError(
-                f"{folder / INDEX} lists tensor '{name}' in the shard '{shard}', but it is {place}. {_AGAIN}"
+                f"{folder / INDEX} lists tensor {shown(name)} in the shard {shown(shard)}, but it is {place}. {_AGAIN}"
             )
     extra = [name for name in sorted(tensors) if name not in weight_map]
     if extra:
         raise CheckpointError(
             f"{folder / INDEX} does not list {len(extra)} tensors that its shards hold, such as "
-            f"'{extra[0]}': index and shards are of different checkpoints. {_AGAIN}"
+            f"{shown(extra[0])}: index and shards are of different checkpoints. {_AGAIN}"
         )
 
 
@@ -131,8 +152,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name, shard in entries.items():
         if not isinstance(shard, str) or not _is_inside(shard) or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index} must name for tensor '{name}' a .safetensors file inside the folder, "
-                f"got {shard!r}. Do not use this checkpoint unless you know why its index points elsewhere."
+                f"{index} must name for tensor {shown(name)} a .safetensors file inside the folder, "
+                f"got {shown(shard)}. Do not use this checkpoint unless you know why its index points elsewhere."
             )
     return {name: str(PurePosixPath(entries[name])) for name in sorted(entries)}
 

@@ -1,6 +1,7 @@
 """Whether a checkpoint descends from a base, and how far it went, by one pass over both."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy.typing as npt
 
 from simmerge.checkpoint.checkpoint import Checkpoint
 from simmerge.checkpoint.header import TensorInfo
-from simmerge.checkpoint.stream import Progress, iter_values
+from simmerge.checkpoint.stream import CHUNK_BYTES, Progress, iter_values
 from simmerge.errors import CheckpointError
 
 MIN_COSINE = 0.8
@@ -82,7 +83,7 @@ def lineage(checkpoint: Checkpoint, base: Checkpoint, progress: Progress | None 
     for name, info in sorted(base.tensors.items()):
         other = checkpoint.tensors.get(name)
         if other is not None and other.shape == info.shape and info.is_float and other.is_float:
-            by_name[name] = _compare(other, info)
+            by_name[name] = _compare(checkpoint, base, name)
             if progress is not None:
                 progress(other.nbytes)
     total = _add(list(by_name.values()))
@@ -99,10 +100,26 @@ def lineage(checkpoint: Checkpoint, base: Checkpoint, progress: Progress | None 
     )
 
 
-def _compare(other: TensorInfo, base: TensorInfo) -> _Sums:
+def _values(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[npt.NDArray[np.float64]]:
+    """As `iter_values`, for what an adapter changes too; then in the memory of one tensor."""
+    if not info.computed:
+        yield from iter_values(info)
+        return
+    # Here, because the rest of this module works without torch.
+    from simmerge.checkpoint.reader import TensorReader
+
+    with TensorReader(checkpoint) as reader:
+        flat = reader.read(info.name).reshape(-1).numpy()
+    for start in range(0, len(flat), CHUNK_BYTES // 8):
+        yield flat[start : start + CHUNK_BYTES // 8].astype(np.float64)
+
+
+def _compare(checkpoint: Checkpoint, parent: Checkpoint, name: str) -> _Sums:
+    info = parent.tensors[name]
+    other, base = _values(checkpoint, checkpoint.tensors[name]), _values(parent, info)
     differ = 0
     parts: list[tuple[float, float, float, float]] = []
-    for y, x in zip(iter_values(other), iter_values(base), strict=True):
+    for y, x in zip(other, base, strict=True):
         differ += int(np.count_nonzero(x != y))
         # Not dot(): BLAS may split a sum by threads; numpy's own pairwise sum has one order.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -112,11 +129,11 @@ def _compare(other: TensorInfo, base: TensorInfo) -> _Sums:
     sums = [math.fsum(c) if all(map(math.isfinite, c)) else math.nan for c in columns]
     if not all(map(math.isfinite, sums)):
         raise CheckpointError(
-            f"tensor '{base.name}' of {other.file} or {base.file} has entries that are not finite, or too "
+            f"tensor '{name}' of {checkpoint.path} or {parent.path} has entries that are not finite, or too "
             "large to be squared. Run 'simmerge catalog check' on both folders."
         )
     return _Sums(
-        count=base.count,
+        count=info.count,
         differ=differ,
         base_base=sums[0],
         other_other=sums[1],

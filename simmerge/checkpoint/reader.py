@@ -9,8 +9,8 @@ from typing import Self
 
 import torch
 
-from simmerge.checkpoint.checkpoint import Checkpoint
-from simmerge.checkpoint.header import DTYPES, TensorInfo
+from simmerge.checkpoint.checkpoint import Checkpoint, Update
+from simmerge.checkpoint.header import DTYPES, TensorInfo, require_unchanged
 from simmerge.checkpoint.stream import iter_bytes
 from simmerge.errors import CheckpointError, UnknownNameError, UsageError
 
@@ -34,6 +34,11 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 """torch's dtype by that of safetensors; the same keys as `DTYPES`."""
+
+
+_BLOCK = 1 << 20
+"""Entries of a product of two factors that are computed at a time. Fixed, because the rounding of a matrix product
+depends on its shape; it was equal for 1 to 7 threads in every shape tried."""
 
 
 class TensorReader:
@@ -73,8 +78,10 @@ class TensorReader:
     def read(self, name: str) -> torch.Tensor:
         """The tensor in its own dtype and shape; not to be written to.
 
-        It shares memory with the mapped file where it can. The mapping is private: a write by mistake
-        changes what later reads of this reader see, never the file.
+        What an adapter changes is computed at each call, in the memory of one such tensor, and given in float32
+        (float64 where the base has it): not rounded to the dtype that its `TensorInfo` names. Everything else
+        shares memory with the mapped file where it can. The mapping is private: a write by mistake changes what
+        later reads of this reader see, never the file.
 
         Raises:
             UnknownNameError: no tensor of that name.
@@ -86,6 +93,22 @@ class TensorReader:
         info = self._checkpoint.tensors.get(name)
         if info is None:
             raise UnknownNameError("tensor", name, self._checkpoint.tensors)
+        return self._value(self._checkpoint, name)
+
+    def _value(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        info = checkpoint.tensors[name]
+        if not info.computed:
+            return self._stored(info)
+        if checkpoint.adapter is None:
+            raise TypeError(f"tensor '{name}' of {checkpoint.path} is computed, but there is no adapter")
+        update = checkpoint.adapter.updates[name]
+        weight = self._value(checkpoint.adapter.base, name) if update.own is None else self._stored(update.own)
+        if update.down is None:
+            return weight
+        parts = {role: self._stored(part) for role, part in update.parts().items() if role != "own"}
+        return updated(weight, update, parts)
+
+    def _stored(self, info: TensorInfo) -> torch.Tensor:
         dtype = TORCH_DTYPES[info.dtype]
         if info.count == 0:
             return torch.empty(info.shape, dtype=dtype)
@@ -107,7 +130,7 @@ class TensorReader:
     def _map(self, info: TensorInfo) -> mmap.mmap | None:
         """The file's mapping, or None where the system refuses one of that size."""
         if info.file not in self._maps:
-            self._maps[info.file] = _map_file(info.file)
+            self._maps[info.file] = _map_file(info)
         mapped = self._maps[info.file]
         if mapped is not None and len(mapped) < info.end:
             raise CheckpointError(
@@ -117,11 +140,48 @@ class TensorReader:
         return mapped
 
 
-def _map_file(file: Path) -> mmap.mmap | None:
+def updated(weight: torch.Tensor, update: Update, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A tensor of the base with an adapter merged into it: W + scaling * B @ A, by `Update`.
+
+    Args:
+        weight: W, `outputs x inputs`, or `inputs x outputs` where the update is transposed.
+        update: says how.
+        parts: `down` (A, `rank x inputs`), `up` (B, `outputs x rank`), and `magnitude` (`outputs`) for DoRA.
+
+    Returns:
+        A new tensor in W's shape; float64 where W is, otherwise float32.
+    """
+    kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    down, up = parts["down"].to(kind), parts["up"].to(kind)
+    # Contiguous, so that the product takes the same path however the factors lie in memory.
+    left, right = (down.T.contiguous(), up.T.contiguous()) if update.transposed else (up, down)
+    out = weight.to(kind, copy=True)
+    rows = max(1, _BLOCK // max(1, out.shape[1]))
+    for start in range(0, out.shape[0], rows):
+        product = left[start : start + rows] @ right
+        out[start : start + rows] += product.mul_(update.scaling)
+    if "magnitude" in parts:
+        axis = 1 if update.transposed else 0
+        lengths = _lengths(out, axis, rows)
+        factor = parts["magnitude"].to(torch.float64).reshape(-1) / lengths
+        out *= factor.to(kind).unsqueeze(1 - axis)
+    return out
+
+
+def _lengths(matrix: torch.Tensor, axis: int, rows: int) -> torch.Tensor:
+    """Euclidean length of each vector along the other axis, float64; the rows are taken in blocks."""
+    parts = [matrix[k : k + rows].to(torch.float64).square_().sum(dim=1 - axis) for k in range(0, len(matrix), rows)]
+    return (torch.cat(parts) if axis == 0 else torch.stack(parts).sum(dim=0)).sqrt_()
+
+
+def _map_file(info: TensorInfo) -> mmap.mmap | None:
+    file = info.file
     try:
         with file.open("rb") as stream:
             # Private and writable: torch warns about read-only memory, and a write by mistake stays here.
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            require_unchanged(info, stream.fileno())
+            return mapped
     except ValueError:
         raise CheckpointError(f"{file} is empty now; it was not when it was opened. Open it again.") from None
     except OSError as error:

@@ -10,7 +10,8 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from simmerge.checkpoint.header import DTYPES, TensorInfo
+from simmerge.checkpoint.header import DTYPES, TensorInfo, require_unchanged
+from simmerge.checkpoint.text import shown
 from simmerge.errors import CheckpointError
 
 Progress = Callable[[int], None]
@@ -38,11 +39,18 @@ def iter_bytes(info: TensorInfo, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[
     """The tensor's bytes in order, as arrays of at most `chunk_bytes`; each is valid until the next one.
 
     Raises:
-        CheckpointError: the file cannot be read, or ends before the tensor does.
+        CheckpointError: the file cannot be read, changed since it was opened, or ends before the tensor
+            does; or no file holds the tensor.
     """
+    if info.computed:
+        raise CheckpointError(
+            f"tensor {shown(info.name)} is computed from the adapter {info.file} and stands in no file. "
+            "Read it with TensorReader."
+        )
     buffer = np.empty(min(chunk_bytes, info.nbytes), dtype=np.uint8)
     try:
         with info.file.open("rb", buffering=0) as stream:
+            require_unchanged(info, stream.fileno())
             stream.seek(info.start)
             left = info.nbytes
             while left:
@@ -52,7 +60,7 @@ def iter_bytes(info: TensorInfo, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[
                     got = stream.readinto(view[done:])
                     if not got:
                         raise CheckpointError(
-                            f"{info.file} ends inside tensor '{info.name}'; it was longer when "
+                            f"{info.file} ends inside tensor {shown(info.name)}; it was longer when "
                             "it was opened. Leave the folder alone while it is read, and open it again."
                         )
                     done += got

@@ -1,5 +1,7 @@
 """`simmerge bench`: the benchmarks of this project."""
 
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -8,6 +10,14 @@ import typer
 from simmerge.cli.common import JsonOption, SeedOption, console, example, offline, print_json
 
 app = typer.Typer(help="Benchmarks: figures beside baselines and targets.", no_args_is_help=True)
+
+QuickOption = Annotated[bool, typer.Option("--quick", help="A smaller run, to see that it works.")]
+CheckOption = Annotated[bool, typer.Option("--check", help="Exit 1 when a target does not hold.")]
+CacheOption = Annotated[Path, typer.Option("--workspace", "-w", help="Where checkpoints and peers are kept.")]
+OperatorOption = Annotated[
+    list[str] | None, typer.Option("--operator", "-o", help="Operator to run, repeated for several; all if left out.")
+]
+BENCH_WORKSPACE = Path(".simmerge/bench")
 
 
 @app.callback()
@@ -18,11 +28,11 @@ def root() -> None:
 @app.command("select", epilog=example("simmerge bench select", "simmerge bench select --quick --json --check"))
 def select(
     seed: SeedOption = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller run, to see that it works.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 when a target does not hold.")] = False,
-    workspace: Annotated[Path, typer.Option("--workspace", "-w", help="Where fingerprints are kept.")] = Path(
-        ".simmerge/bench"
-    ),
+    quick: QuickOption = False,
+    check: CheckOption = False,
+    workspace: Annotated[
+        Path, typer.Option("--workspace", "-w", help="Where fingerprints are kept.")
+    ] = BENCH_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
     """Choose operator and coefficients for held-out checkpoints by prediction, beside every baseline."""
@@ -34,18 +44,134 @@ def select(
     if as_json:
         print_json(result)
     else:
-        from rich.table import Table
-
         methods = result["figures"]["methods"]
         columns = [c for c in next(iter(methods.values())) if c != "method"]
-        table = Table("method", *columns)
-        for name, row in methods.items():
-            table.add_row(name, *(_cell(row[c]) for c in columns))
-        console().print(table)
-        for target in result["targets"]:
-            mark = "[green]holds[/]" if target["holds"] else "[red]does not hold[/]"
-            console().print(f"{target['name']}: {target['value']:.3f} (target {target['target']}) {mark}")
-    if check and not all(t["holds"] for t in result["targets"]):
+        _print_table(["method", *columns], [[name, *(_cell(row[c]) for c in columns)] for name, row in methods.items()])
+        _print_targets(result)
+    _check(result, check)
+
+
+@app.command(
+    "merge",
+    epilog=example(
+        "simmerge bench merge",
+        "simmerge bench merge --size 1b --operator linear --operator ties --repeats 1",
+        "simmerge bench merge --quick --json --check",
+    ),
+)
+def merge(
+    size: Annotated[str, typer.Option("--size", help="Size of the checkpoints: 1m, 15m, 100m or 1b.")] = "100m",
+    operators: OperatorOption = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each engine; the best counts.")] = 3,
+    quick: QuickOption = False,
+    check: CheckOption = False,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the table to this file.")] = None,
+    workspace: CacheOption = BENCH_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge with our engine and with mergekit: seconds, memory and agreement, operator by operator.
+
+    mergekit is installed into an environment of its own below the workspace, or taken from the interpreter that
+    SIMMERGE_MERGEKIT_PYTHON names. With --quick nothing is installed.
+    """
+    offline()
+    from simmerge.bench.merge import run
+    from simmerge.bench.merge_table import COLUMNS, cells, failures, markdown_of
+
+    with _working() as progress:
+        result = run(workspace, size=size, operators=operators, repeats=repeats, quick=quick, progress=progress)
+    if markdown is not None:
+        from simmerge.files import write_atomic
+
+        write_atomic(markdown, markdown_of(result))
+    if as_json:
+        print_json(result)
+    else:
+        if result["figures"]["remark"]:
+            console().print(result["figures"]["remark"])
+        _print_table(list(COLUMNS), cells(result))
+        for sentence in failures(result):
+            console().print(sentence, style="red", markup=False, soft_wrap=True)
+        _print_targets(result)
+    _check(result, check)
+
+
+@app.command(
+    "memory",
+    epilog=example("simmerge bench memory", "simmerge bench memory --operator ties --candidates 50 --check"),
+)
+def memory(
+    operators: OperatorOption = None,
+    candidates: Annotated[int, typer.Option("--candidates", min=1, help="Candidates made in memory.")] = 20,
+    folders: Annotated[int, typer.Option("--folders", min=1, help="Candidates written and loaded.")] = 3,
+    quick: QuickOption = False,
+    check: CheckOption = False,
+    workspace: CacheOption = BENCH_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Make candidates in a live model: how many per second, against writing and loading a folder for each."""
+    offline()
+    from simmerge.bench.memory import run
+
+    with _working() as progress:
+        result = run(
+            workspace, operators=operators, candidates=candidates, folders=folders, quick=quick, progress=progress
+        )
+    if as_json:
+        print_json(result)
+    else:
+        columns = ["operator", "per s", "ms", "first ms", "folder ms", "ratio", "varied"]
+        for name, family in result["figures"]["families"].items():
+            console().print(f"[bold]{name}[/], {family['parameters']:,} parameters")
+            _print_table(columns, [_memory_cells(key, row) for key, row in family["operators"].items()])
+            for key, row in family["operators"].items():
+                if row["error"] is not None:
+                    console().print(f"{key} failed: {row['error']}", style="red", markup=False, soft_wrap=True)
+        _print_targets(result, only_failed=True)
+    _check(result, check)
+
+
+def _memory_cells(name: str, row: Mapping[str, Any]) -> list[str]:
+    if row["error"] is not None:
+        return [name, "failed", *[""] * 5]
+    milliseconds = [f"{1000 * row[k]:.2f}" for k in ("memory_seconds", "first_seconds", "folder_seconds")]
+    return [name, f"{row['candidates_per_second']:.1f}", *milliseconds, f"{row['ratio']:.1f}", row["varied"]]
+
+
+@contextmanager
+def _working() -> "Generator[Callable[[str], None]]":
+    """A line on standard error that says what is being measured."""
+    with console(stderr=True).status("preparing") as status:
+        yield lambda name: status.update(f"measuring {name}")
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    # No frames: the widest table has ten columns, and they fit into 80 characters.
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for position, column in enumerate(columns):
+        word = max(len(part) for part in column.split())
+        table.add_column(column, no_wrap=position == 0, min_width=word, justify="right" if position else "left")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console().print(table)
+
+
+def _print_targets(result: Mapping[str, Any], *, only_failed: bool = False) -> None:
+    targets = result["targets"]
+    for target in targets:
+        if target["holds"] and only_failed:
+            continue
+        mark = "[green]holds[/]" if target["holds"] else "[red]does not hold[/]"
+        console().print(f"{target['name']}: {target['value']:.3f} (target {target['target']}) {mark}")
+    if only_failed and targets:
+        console().print(f"{sum(t['holds'] for t in targets)} of {len(targets)} targets hold")
+
+
+def _check(result: Mapping[str, Any], asked: bool) -> None:
+    if asked and not all(t["holds"] for t in result["targets"]):
         raise typer.Exit(1)
 
 

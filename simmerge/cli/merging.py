@@ -36,20 +36,34 @@ def read_recipe_file(path: Path) -> "Recipe":
 def merge(
     recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file: ours or mergekit's.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    probes: Annotated[
+        Path | None, typer.Option("--probes", help="Texts for operators that run the checkpoints (regmean, fisher).")
+    ] = None,
+    shard_size: Annotated[
+        float, typer.Option("--shard-size", min=0.001, help="Largest weight file, in GB (10^9 bytes).")
+    ] = 5.0,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Threads; default all cores.")] = None,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a checkpoint from a recipe over catalogued checkpoints, streaming tensor by tensor.
+    """Make a checkpoint from a recipe, streaming tensor by tensor from disk to disk.
 
-    The folder loads with AutoModelForCausalLM and carries its recipe, its inputs' digests and a model card.
+    The recipe names catalogued checkpoints, folders, or adapters as `base+adapter`. The folder that is written loads
+    with AutoModelForCausalLM and carries its recipe, its inputs' digests and a model card.
     """
-    plan = read_recipe_file(recipe)
-    with opened(workspace) as project:
-        from simmerge.checkpoint.checkpoint import open_checkpoint
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        first = project.catalog.entry(plan.sources()[0])
-        with bar("tensors", len(open_checkpoint(first.path).tensors), as_json) as step:
-            result = project.merge(plan, out, progress=lambda _done, _total: step())
+    plan = read_recipe_file(recipe)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        opened(workspace) as project,
+        Progress(*columns, console=console(stderr=True), disable=as_json) as shown,
+    ):
+        task = shown.add_task("tensors", total=None)
+        result = project.merge(
+            plan, out, probes=probes, shard_bytes=int(shard_size * 1e9), workers=workers,
+            progress=lambda done, total: shown.update(task, completed=done, total=total),
+        )  # fmt: skip
     facts = {"path": str(result.path), "recipe_id": result.recipe_id, "sha256": result.content_sha256,
              "bytes": result.stored_bytes}  # fmt: skip
     if as_json:
@@ -118,7 +132,9 @@ def report(
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the root."""
-    app.command(epilog=example("simmerge merge recipe.yaml merged/"))(merge)
+    app.command(
+        epilog=example("simmerge merge recipe.yaml merged/", "simmerge merge mergekit.yaml out/ --shard-size 2")
+    )(merge)
     app.command(epilog=example("simmerge evaluate german code -t text_german", "simmerge evaluate recipe.yaml"))(
         evaluate
     )

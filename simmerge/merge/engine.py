@@ -1,65 +1,183 @@
 """One tensor of a recipe: the same arithmetic whether a folder is written or a model is made in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
-from simmerge.errors import MergeError
-from simmerge.operators import KernelCall, resolve
-from simmerge.recipe import Recipe, Step
+from simmerge.errors import MergeError, UsageError
+from simmerge.merge.layout import Layout, Node
+from simmerge.operators import ResolvedStep, resolve
+from simmerge.operators.kernels.operands import Blockwise, Kernel, KernelCall, Operands, run
+from simmerge.recipe import Recipe, Slice, Stack, Step
 
 Read = Callable[[str, str], torch.Tensor]
 """`read(checkpoint, tensor)` gives the stored tensor."""
+Extra = Callable[[str, str, str], torch.Tensor | None]
+"""`extra(kind, checkpoint, tensor)` gives what an operator reads beside the weights, None where there is none."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def merge_tensor(recipe: Recipe, tensor: str, read: Read, digests: dict[str, str]) -> torch.Tensor:
-    """The recipe's value of one tensor, computed in float32 and rounded once to the recipe's dtype.
+@cache
+def _kernel(path: str) -> Kernel:
+    from importlib import import_module
 
-    Tensors that are not floating point, and empty ones, are taken from the first source.
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
 
-    Args:
-        recipe: what to do; its steps must have been checked (`simmerge.operators.check_recipe`).
-        tensor: name of a tensor that all sources have in the same shape.
+
+Settled = tuple[dict[str, float | tuple[float, ...]], dict[str, str]]
+"""Coefficients and options of a step for one tensor."""
+Prepare = Callable[[Step, str, int, Callable[[], Operands]], Operands]
+"""`prepare(step, tensor, seed, make)` gives a step's operands: by `make`, or from memory."""
+
+
+def make_anew(_step: Step, _tensor: str, _seed: int, make: Callable[[], Operands]) -> Operands:
+    """Operands that nobody remembers."""
+    return make()
+
+
+def no_extra(_kind: str, _checkpoint: str, _tensor: str) -> torch.Tensor | None:
+    """Nothing beside the weights."""
+    return None
+
+
+@dataclass(slots=True, kw_only=True)
+class Engine:
+    """Evaluates a recipe tensor by tensor.
+
+    Attributes:
+        recipe: what to make; its steps must have been checked (`simmerge.operators.check_recipe`).
+        layout: where its tensors come from.
         read: gives stored tensors.
         digests: digest by checkpoint name; the key of random draws, so renaming changes nothing.
+        extra: gives Gram matrices and Fisher diagonals to operators that need them.
+        operands: makes the operands of a step; replaced by what remembers them for search in memory.
+    """
+
+    recipe: Recipe
+    layout: Layout
+    read: Read
+    digests: Mapping[str, str]
+    extra: Extra = no_extra
+    operands: Prepare = make_anew
+    _resolved: dict[int, ResolvedStep] = field(default_factory=dict[int, ResolvedStep])
+    _keys: dict[int, tuple[str, ...]] = field(default_factory=dict[int, tuple[str, ...]])
+    _settled: dict[int, Settled] = field(default_factory=dict[int, Settled])
+
+    def origin(self, tensor: str) -> tuple[str, str]:
+        """Checkpoint and name of the stored tensor that an output tensor takes its dtype and shape from."""
+        return self._origin(self.recipe.root, tensor)
+
+    def _origin(self, node: Node, tensor: str) -> tuple[str, str]:
+        match node:
+            case str():
+                return node, tensor
+            case Slice():
+                return node.source, self.layout.source_name(node, tensor)
+            case Stack():
+                return self._origin(*self.layout.part(node, tensor))
+            case Step():
+                return self._origin(node.inputs[0], tensor)
+
+    def stored(self, tensor: str) -> torch.Tensor:
+        """That tensor as it is stored."""
+        return self.read(*self.origin(tensor))
+
+    def blocks(self, tensor: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The recipe's value of one tensor, float32, in parts: index of a part's first entry, and the part.
+
+        Args:
+            tensor: name of a floating-point tensor of the output that has entries.
+        """
+        call, made = self.plan(tensor)
+        if isinstance(made, torch.Tensor):
+            yield 0, made.reshape(-1)
+            return
+        for block in call.operands.blocks(made.by):
+            yield block.start, made.apply(block).reshape(-1)
+
+    def plan(self, tensor: str) -> tuple[KernelCall, Blockwise | torch.Tensor]:
+        """What the recipe's last step is called with for a tensor, and what its kernel makes of it."""
+        return self._plan(self.recipe.root, tensor, tensor)
+
+    def kernel(self, resolved: ResolvedStep) -> Kernel:
+        """The kernel of a step's operator."""
+        return _kernel(resolved.spec.kernel)
+
+    def _value(self, node: Node, tensor: str, key: str) -> torch.Tensor:
+        """A node's tensor: as stored for a checkpoint, float32 for what was computed."""
+        match node:
+            case str() | Slice():
+                return self.read(*self._origin(node, tensor))
+            case Stack():
+                return self._value(*self.layout.part(node, tensor), key)
+            case Step():
+                call, made = self._plan(node, tensor, key)
+                return made if isinstance(made, torch.Tensor) else run(lambda _: made, call)
+
+    def _plan(self, node: Step | Stack, tensor: str, key: str) -> tuple[KernelCall, Blockwise | torch.Tensor]:
+        if isinstance(node, Stack):
+            part, inner = self.layout.part(node, tensor)
+            return self._plan(part, inner, key)
+        resolved = self._resolve(node)
+        settled = self._settled.get(id(node))
+        numbers, options = settled or resolved.at(key, self.layout.position(node, tensor))
+        operands = self.operands(node, key, self.recipe.seed, lambda: self._operands(node, resolved, tensor, key))
+        call = KernelCall(operands=operands, numbers=numbers, options=options)
+        return call, self.kernel(resolved)(call)
+
+    def _resolve(self, node: Step) -> ResolvedStep:
+        if id(node) not in self._resolved:
+            resolved = self._resolved[id(node)] = resolve(node)
+            if resolved.constant:
+                self._settled[id(node)] = resolved.at("", 0.0)
+            self._keys[id(node)] = tuple(self._key(item) for item in node.inputs)
+        return self._resolved[id(node)]
+
+    def _key(self, item: Node) -> str:
+        match item:
+            case str():
+                return self.digests[item]
+            case Slice():
+                return f"{self.digests[item.source]}[{item.start}:{item.end}]"
+            case _:
+                return Recipe(root=item, seed=self.recipe.seed).recipe_id(self.digests)
+
+    def _operands(self, node: Step, resolved: ResolvedStep, tensor: str, key: str) -> Operands:
+        spec = resolved.spec
+        use_base = node.base is not None and (spec.needs_base or spec.takes_base)
+        extras: list[torch.Tensor | None] = []
+        if spec.needs:
+            if self.extra is no_extra:
+                raise UsageError(
+                    f"{spec.name} needs {spec.needs} statistics of its inputs; give probes (--probes FILE)"
+                )
+            for item in node.inputs:
+                name = item.source if isinstance(item, Slice) else item
+                inner = self.layout.source_name(item, tensor) if isinstance(item, Slice) else tensor
+                extras.append(self.extra(spec.needs, name, inner) if isinstance(name, str) else None)
+        return Operands(
+            key,
+            [self._value(item, tensor, key) for item in node.inputs],
+            self._value(node.base, tensor, key) if use_base and node.base is not None else None,
+            keys=self._keys[id(node)],
+            seed=self.recipe.seed,
+            extras=extras,
+        )
+
+
+def require_finite(tensor: str, part: torch.Tensor) -> None:
+    """Refuse a rounded part of a tensor that has entries that are infinite or no numbers.
 
     Raises:
-        MergeError: the result is not finite.
+        MergeError: with the tensor's name and what to do.
     """
-    first = read(recipe.sources()[0], tensor)
-    if not first.is_floating_point() or first.numel() == 0:
-        return first.clone()
-    merged = _evaluate(recipe.root, recipe, tensor, read, digests)
-    merged = merged.to(DTYPES[recipe.dtype] if recipe.dtype is not None else first.dtype)
-    if not torch.isfinite(merged).all():
+    # A sum is finite only if every entry is, and costs a tenth of looking at each; it may overflow by itself.
+    if not bool(torch.isfinite(part.sum())) and not bool(torch.isfinite(part).all()):
         raise MergeError(
-            f"tensor '{tensor}' of the merge is not finite in {merged.dtype}; "
+            f"tensor '{tensor}' of the merge is not finite in {part.dtype}; "
             "use smaller coefficients or out_dtype: float32"
         )
-    return merged
-
-
-def _evaluate(item: Step, recipe: Recipe, tensor: str, read: Read, digests: dict[str, str]) -> torch.Tensor:
-    resolved = resolve(item)
-    inputs: list[torch.Tensor] = []
-    keys: list[str] = []
-    for source in item.inputs:
-        if isinstance(source, Step):
-            inputs.append(_evaluate(source, recipe, tensor, read, digests))
-            keys.append(Recipe(root=source, seed=recipe.seed).recipe_id(digests))
-        else:
-            inputs.append(read(source, tensor).float())
-            keys.append(digests[source])
-    base = read(item.base, tensor).float() if item.base is not None and resolved.spec.needs_base else None
-    call = KernelCall(
-        tensor=tensor,
-        inputs=tuple(inputs),
-        base=base,
-        numbers=resolved.numbers,
-        options=resolved.options,
-        keys=tuple(keys),
-        seed=recipe.seed,
-    )
-    return resolved.spec.load()(call)

@@ -1,13 +1,40 @@
-"""Merges in memory: sources are read once, and each candidate costs arithmetic only."""
+"""Merges in memory: what does not depend on coefficients is prepared once per set of inputs.
 
+The first merge of a set of checkpoints reads them, and measures what its operator asks for: angles, selected
+magnitudes, ranks, draws. The next one with other coefficients is about one pass over the weights. Results equal
+those of a folder bit for bit.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
-from simmerge.merge.engine import merge_tensor
+from simmerge.errors import UsageError
+from simmerge.merge.engine import require_finite
+from simmerge.merge.flat import FlatLayout, Live, Sink, adopt
+from simmerge.merge.jobs import Job
 from simmerge.merge.sources import Sources
-from simmerge.operators import check_recipe
-from simmerge.recipe import Recipe
+from simmerge.operators import ResolvedStep, operator, resolve
+from simmerge.operators.kernels.operands import Affine, Block, KernelCall, Operands, Thinned
+from simmerge.recipe import Recipe, Slice, Stack, Step, step, steps
+
+_WIDENED = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes whose values float32 holds exactly."""
+
+
+@dataclass(slots=True)
+class _Set:
+    """What is prepared for one set of inputs: operands by tensor, and the last thinned task vectors."""
+
+    operands: dict[str, Operands] = field(default_factory=dict[str, Operands])
+    whole: Operands | None = None
+    deltas: tuple[torch.Tensor, ...] | None = None
+    votes_of: object = None
+    votes: tuple[torch.Tensor, ...] = ()
 
 
 class MemoryMerger:
@@ -15,39 +42,191 @@ class MemoryMerger:
 
     Args:
         sources: all checkpoints that recipes may name; compatible with one another.
+        device: where the weights are held and merged, such as 'cpu' or 'cuda'.
+        sets: for how many sets of inputs prepared results are kept; each may take a few times as much memory as
+            its inputs in float32.
     """
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: Sources, *, device: str = "cpu", sets: int = 4) -> None:
         self._sources = sources
-        self._digests = sources.digests
+        self._device = torch.device(device)
+        self._sets = sets
         self._held: dict[str, dict[str, torch.Tensor]] = {}
+        self._flat: dict[tuple[str, FlatLayout], torch.Tensor] = {}
+        self._layouts: dict[object, FlatLayout] = {}
+        self._prepared: OrderedDict[object, _Set] = OrderedDict()
+        self._jobs: dict[object, Job] = {}
+        self._live: WeakKeyDictionary[Any, tuple[FlatLayout, Live]] = WeakKeyDictionary()
+
+    def tensors(self, recipe: Recipe) -> dict[str, torch.Tensor]:
+        """Every tensor of the merge in the dtype that a folder of it would store.
+
+        Raises:
+            MergeError: the result is not finite.
+        """
+        job, layout = self._job(recipe)
+        flat = None if layout.dtype is None else torch.empty(layout.size, dtype=layout.dtype, device=self._device)
+        slots = {} if flat is None else layout.views(flat)
+        for name, dtype, shape in job.kinds:
+            if name not in slots:
+                slots[name] = torch.empty(shape, dtype=dtype, device=self._device)
+        self._merge(job, layout, Live(slots, flat))
+        return {name: slots[name] for name, _, _ in job.kinds}
+
+    def load(self, recipe: Recipe, model: Any) -> None:
+        """Write the merge into a live transformers model of the same architecture, in place.
+
+        The weights are those that a folder of the merge would hold, rounded as it would round them. The model's
+        parameters are moved into one vector at the first call; after a failed call they are undefined.
+
+        Raises:
+            KeyError: the model has no such parameter or buffer.
+            MergeError: the result is not finite.
+        """
+        job, layout = self._job(recipe)
+        known = self._live.get(model)
+        if known is None or known[0] is not layout:
+            with torch.no_grad():
+                known = self._live[model] = (layout, adopt(model, layout))
+        self._merge(job, layout, known[1])
+
+    def load_checkpoint(self, name: str, model: Any) -> None:
+        """Write one checkpoint's tensors into a live model, as `load` writes a merge."""
+        self.load(Recipe(root=step("passthrough", [name])), model)
+
+    def checkpoint(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of one checkpoint; float32 where that holds their values exactly."""
+        if name not in self._held:
+            held: dict[str, torch.Tensor] = {}
+            for tensor in self._sources[name].checkpoint.tensors:
+                stored = self._sources.read(name, tensor)
+                held[tensor] = (stored.float() if stored.dtype in _WIDENED else stored).clone().to(self._device)
+            self._held[name] = held
+        return self._held[name]
 
     def _read(self, name: str, tensor: str) -> torch.Tensor:
         return self.checkpoint(name)[tensor]
 
-    def tensors(self, recipe: Recipe) -> dict[str, torch.Tensor]:
-        """Every tensor of the merge in the dtype that a folder of it would store."""
-        check_recipe(recipe)
-        names = self.checkpoint(recipe.sources()[0])
-        return {name: merge_tensor(recipe, name, self._read, self._digests) for name in names}
+    def _vector(self, name: str, layout: FlatLayout) -> torch.Tensor:
+        """One checkpoint as a vector; its tensors become views of it."""
+        if (name, layout) not in self._flat:
+            held = self.checkpoint(name)
+            flat = self._flat[name, layout] = layout.gather(held, self._device)
+            held.update({n: view for n, view in layout.views(flat).items() if held[n].dtype == torch.float32})
+        return self._flat[name, layout]
 
-    def checkpoint(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of one checkpoint as they are stored."""
-        if name not in self._held:
-            reader = self._sources.reader(name)
-            self._held[name] = {tensor: reader.read(tensor).clone() for tensor in reader.names()}
-        return self._held[name]
+    def _job(self, recipe: Recipe) -> tuple[Job, FlatLayout]:
+        """The recipe's job; recipes over the same checkpoints share what names and shapes decide."""
+        if recipe.vocabulary is not None or recipe.into is not None:
+            raise UsageError(
+                "a recipe with a vocabulary of its own, or into a vision-language checkpoint, changes the model's "
+                "shape and cannot be loaded into a live model; merge it to a folder"
+            )
+        nested = any(isinstance(i, Step | Stack | Slice) for item in steps(recipe.root) for i in item.inputs)
+        key = None if nested or isinstance(recipe.root, Stack) else (recipe.all_names(), recipe.dtype)
+        known = self._jobs.get(key) if key is not None else None
+        job = Job(recipe, self._sources, read=self._read, operands=self._operands, like=known)
+        if key is not None:
+            self._jobs[key] = job
+        return job, self._layouts.setdefault(job.kinds, FlatLayout(job.kinds)) if known is None else self._layouts[
+            job.kinds
+        ]
 
+    def _merge(self, job: Job, layout: FlatLayout, live: Live) -> None:
+        with torch.no_grad():
+            sink = Sink(layout, live.slots, live.flat)
+            for name, _, _ in layout.others:
+                live.slots[name].copy_(job.engine.stored(name))
+            root = job.recipe.root
+            resolved = resolve(root) if isinstance(root, Step) else None
+            plain = resolved is not None and resolved.constant and all(isinstance(i, str) for i in root.inputs)
+            if resolved is not None and isinstance(root, Step) and plain and resolved.spec.uniform:
+                self._uniform(job, root, resolved, layout, sink)
+            elif resolved is not None and isinstance(root, Step) and plain and resolved.spec.late:
+                self._thinned(job, root, resolved, layout, sink)
+            else:
+                for part in layout.parts:
+                    for start, values in job.engine.blocks(part.name):
+                        sink.put(part.start + start, values)
+            if not sink.finite():
+                for part in layout.parts:
+                    for _, values in job.engine.blocks(part.name):
+                        require_finite(part.name, values.to(part.dtype))
 
-def load_into(model: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy tensors into a live transformers model of the same architecture, in place.
+    def _set(self, node: Step, seed: int) -> _Set:
+        key = (node.inputs, node.base, operator(node.operator).needs, seed)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = self._prepared[key] = _Set()
+            if len(self._prepared) > self._sets:
+                self._prepared.popitem(last=False)
+        elif len(self._prepared) > 1:
+            self._prepared.move_to_end(key)
+        return prepared
 
-    Tied weights follow their parameter; every parameter of the model must be among `tensors` or tied.
+    def _operands(self, node: Step, tensor: str, seed: int, make: Callable[[], Operands]) -> Operands:
+        prepared = self._set(node, seed).operands
+        if tensor not in prepared:
+            prepared[tensor] = make()
+            prepared[tensor].keep = True
+        return prepared[tensor]
 
-    Raises:
-        KeyError: the model has no such parameter or buffer.
-    """
-    slots = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            slots[name].copy_(tensor)
+    def _whole(self, node: Step, seed: int, layout: FlatLayout) -> tuple[_Set, Operands]:
+        """The operands of all tensors as one."""
+        prepared = self._set(node, seed)
+        if prepared.whole is None:
+            inputs = [self._vector(str(name), layout) for name in node.inputs]
+            base = None if node.base is None else self._vector(str(node.base), layout)
+            prepared.whole = Operands("", inputs, base, keep=True)
+            prepared.deltas = None if base is None else tuple(x - base for x in inputs)
+        return prepared, prepared.whole
+
+    def _uniform(self, job: Job, node: Step, resolved: ResolvedStep, layout: FlatLayout, sink: Sink) -> None:
+        """Every tensor at once, for operators to which names and tensors mean nothing."""
+        prepared, whole = self._whole(node, job.recipe.seed, layout)
+        numbers, options = resolved.at("", 0.0)
+        made = job.engine.kernel(resolved)(KernelCall(operands=whole, numbers=numbers, options=options))
+        if isinstance(made, Affine):
+            vectors = prepared.deltas if made.lifted and prepared.deltas is not None else whole.stored
+            for start, stop in layout.steps():
+                base = whole.stored_base[start:stop] if made.lifted and whole.stored_base is not None else None
+                sink.put(start, made.of([v[start:stop] for v in vectors], base))
+        elif isinstance(made, torch.Tensor):
+            sink.put(0, made)
+        else:
+            for block in whole.blocks():
+                sink.put(block.start, made.apply(block))
+
+    def _thinned(self, job: Job, node: Step, resolved: ResolvedStep, layout: FlatLayout, sink: Sink) -> None:
+        """Thinned task vectors, made again only where what thins them has changed; then one pass over all."""
+        prepared, whole = self._whole(node, job.recipe.seed, layout)
+        late = resolved.spec.late
+        key = (
+            resolved.spec.name,
+            tuple((n, v) for n, v in resolved.numbers.items() if n not in late),
+            tuple((n, v) for n, v in resolved.options.items() if n not in late),
+        )
+        # Numbers that are combined late are the same for every tensor: the smallest one tells them soonest.
+        smallest = min(layout.parts, key=lambda p: p.stop - p.start)
+        if key != prepared.votes_of:
+            prepared.votes_of = None
+            if not prepared.votes:
+                prepared.votes = tuple(torch.zeros_like(v) for v in whole.stored)
+            for part in layout.parts:
+                call, made = job.engine.plan(part.name)
+                if not isinstance(made, Thinned):
+                    raise TypeError(f"operator '{node.operator}' declares late coefficients but thins nothing")
+                for block in call.operands.blocks(made.by):
+                    self._keep(prepared.votes, made.votes(block), part.start, block)
+            prepared.votes_of = key
+        _, made = job.engine.plan(smallest.name)
+        if not isinstance(made, Thinned) or whole.stored_base is None:
+            raise TypeError(f"operator '{node.operator}' declares late coefficients but thins nothing")
+        for start, stop in layout.steps():
+            base = whole.stored_base[start:stop]
+            sink.put(start, made.combine([v[start:stop] for v in prepared.votes], base))
+
+    @staticmethod
+    def _keep(votes: tuple[torch.Tensor, ...], made: list[torch.Tensor], start: int, block: Block) -> None:
+        for vector, vote in zip(votes, made, strict=True):
+            vector[start + block.start : start + block.stop].copy_(vote.reshape(-1))

@@ -10,13 +10,13 @@ from simmerge.operators.resolve import (
     resolve,
     shares,
 )
-from simmerge.operators.spec import Coefficient, KernelCall, OperatorSpec, Option
-from simmerge.operators.table import OPERATORS, operator, operators
+from simmerge.operators.spec import Coefficient, OperatorSpec, Option
+from simmerge.operators.table import OPERATORS, RECORDED, operator, operators
 
 __all__ = [
     "OPERATORS",
+    "RECORDED",
     "Coefficient",
-    "KernelCall",
     "OperatorSpec",
     "Option",
     "ResolvedStep",

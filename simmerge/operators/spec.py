@@ -6,16 +6,14 @@ merge runs.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    import torch
-
-Value = float | tuple[float, ...] | str
+    from simmerge.operators.kernels.operands import Kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,50 +52,6 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KernelCall:
-    """Everything that a kernel may look at to merge one tensor.
-
-    Attributes:
-        tensor: name of the tensor, part of the key of every random draw.
-        inputs: tensors of equal shape, float32, in the recipe's order; not to be written to.
-        base: the base's tensor, float32, where the operator uses a base.
-        numbers: coefficients; those per input are tuples as long as `inputs`.
-        options: chosen variants.
-        keys: one stable key per input (its digest, or the id of the step that made it).
-        seed: the recipe's seed.
-    """
-
-    tensor: str
-    inputs: "tuple[torch.Tensor, ...]"
-    base: "torch.Tensor | None" = None
-    numbers: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict[str, Any])
-    options: Mapping[str, str] = field(default_factory=dict[str, str])
-    keys: tuple[str, ...] = ()
-    seed: int = 0
-
-    def number(self, name: str) -> float:
-        """A coefficient that is one number."""
-        value = self.numbers[name]
-        if isinstance(value, tuple):
-            raise TypeError(f"coefficient '{name}' holds one value per input")
-        return value
-
-    def per_input(self, name: str) -> tuple[float, ...]:
-        """A coefficient that is one number per input."""
-        value = self.numbers[name]
-        return value if isinstance(value, tuple) else (value,) * len(self.inputs)
-
-    def deltas(self) -> "tuple[torch.Tensor, ...]":
-        """Task vectors: every input minus the base."""
-        if self.base is None:
-            raise TypeError(f"tensor '{self.tensor}': this operator needs a base")
-        return tuple(tensor - self.base for tensor in self.inputs)
-
-
-Kernel = Callable[[KernelCall], "torch.Tensor"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorSpec:
     """Declaration of one merge operator.
 
@@ -105,15 +59,25 @@ class OperatorSpec:
         name: as in recipes and in mergekit's YAML.
         summary: one sentence on what it does.
         paper: where the formula comes from.
-        kernel: `module:function`, a pure function of a `KernelCall`.
+        kernel: `module:function`, a `simmerge.operators.kernels.operands.Kernel`.
         min_inputs: fewest inputs.
         max_inputs: most inputs, None for no limit.
         needs_base: whether it works on task vectors.
+        takes_base: whether it may be given a base that it does not need.
+        peer_base: whether mergekit calls the first of its two inputs `base_model`.
+        needs: what it reads beside the weights: '' nothing, 'gram' Gram matrices of the activations that enter
+            each matrix, 'fisher' the diagonal of the Fisher information.
         ordered: whether swapping inputs (with their own coefficients) changes the result.
         random: whether it draws from the recipe's seed.
         linear: whether the result is an affine combination of inputs and base, the same for all tensors.
+        uniform: whether an entry of the result depends on the same entry of inputs and base alone, and on no
+            name, so that many tensors may be merged as one.
+        late: coefficients and options that only enter when thinned task vectors are combined (`Thinned.combine`);
+            for other values of these alone nothing is thinned again.
         coefficients: numbers it takes.
         options: variants it has.
+        peer_defaults: values that mergekit takes where its YAML says nothing, where they differ from ours; reading
+            YAML takes them too, so that one file means one merge.
         traits: further numbers in [0, 1] that describe it to surrogate and bandit, beside those derived above.
     """
 
@@ -124,14 +88,20 @@ class OperatorSpec:
     min_inputs: int = 2
     max_inputs: int | None = None
     needs_base: bool = False
+    takes_base: bool = False
+    peer_base: bool = False
+    needs: Literal["", "gram", "fisher"] = ""
     ordered: bool = False
     random: bool = False
     linear: bool = False
+    uniform: bool = False
+    late: tuple[str, ...] = ()
     coefficients: tuple[Coefficient, ...] = ()
     options: tuple[Option, ...] = ()
+    peer_defaults: Mapping[str, float | str] = field(default_factory=lambda: MappingProxyType({}))
     traits: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
-    def load(self) -> Kernel:
+    def load(self) -> "Kernel":
         """Import the kernel; the only place where an operator pulls in torch."""
         module, _, name = self.kernel.partition(":")
         return getattr(import_module(module), name)

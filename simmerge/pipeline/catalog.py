@@ -1,18 +1,20 @@
 """The catalog: checkpoints with their facts and lineage, kept in the ledger."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from simmerge.checkpoint.checkpoint import Checkpoint, open_checkpoint, tokenizer_digest, weights_digest
 from simmerge.checkpoint.compatibility import problems
+from simmerge.checkpoint.files import is_adapter
 from simmerge.checkpoint.lineage import lineage
 from simmerge.errors import CheckpointError, IncompatibleError, UnknownNameError, UsageError
 from simmerge.ledger.protocol import Ledger
 from simmerge.ledger.values import CheckpointEntry
 from simmerge.merge.sources import Source, Sources
+from simmerge.recipe import Recipe
 
 Progress = Callable[[int], None]
 
@@ -54,7 +56,7 @@ class Catalog:
             IncompatibleError: it does not fit its base, or does not descend from it.
             UsageError: the name stands for something else already.
         """
-        checkpoint = open_checkpoint(path)
+        checkpoint = self._open(path, base)
         name = name or checkpoint.path.name
         facts: dict[str, Any] = checkpoint.facts()
         facts["file_state"] = _file_state(checkpoint)
@@ -72,7 +74,7 @@ class Catalog:
         )  # fmt: skip
 
     def _lineage(self, name: str, checkpoint: Checkpoint, base: str, allow_foreign: bool) -> dict[str, Any]:
-        parent = open_checkpoint(self.entry(base).path)
+        parent = self.opened(self.entry(base))
         found = problems(parent, checkpoint)
         if found:
             lines = "\n".join(f"  {text}" for text in found)
@@ -84,6 +86,20 @@ class Catalog:
                 "own base, or add it with --allow-foreign to keep it for study."
             )
         return asdict(line) | {"relative_norm": line.relative_norm if math.isfinite(line.relative_norm) else None}
+
+    def _open(self, path: Path | str, base: str | None) -> Checkpoint:
+        """A folder, or an adapter on a catalogued base."""
+        if base is None or not is_adapter(Path(path)):
+            return open_checkpoint(path)
+        return open_checkpoint(path, self.opened(self.entry(base)))
+
+    def opened(self, entry: CheckpointEntry) -> Checkpoint:
+        """A catalogued checkpoint, opened; an adapter on its base.
+
+        Raises:
+            CheckpointError: its folder is gone or damaged.
+        """
+        return self._open(entry.path, entry.base)
 
     def list(self) -> tuple[CheckpointEntry, ...]:
         """All checkpoints, in the order they were added."""
@@ -133,11 +149,11 @@ class Catalog:
             wrong: list[str] = []
             warnings: list[str] = []
             try:
-                checkpoint = open_checkpoint(entry.path)
+                checkpoint = self.opened(entry)
                 if weights_digest(checkpoint) != entry.digest:
                     wrong.append("its weights changed since it was added; add it again under a new name")
                 if entry.base is not None:
-                    parent = open_checkpoint(self.entry(entry.base).path)
+                    parent = self.opened(self.entry(entry.base))
                     wrong += problems(parent, checkpoint)
                     line = lineage(checkpoint, parent) if not wrong else None
                     if line is not None and not line.descends:
@@ -148,6 +164,34 @@ class Catalog:
             found.append(Finding(name=entry.name, problems=tuple(wrong), warnings=tuple(warnings)))
         return tuple(found)
 
+    def recipe_sources(self, recipe: Recipe) -> Sources:
+        """What a recipe names, opened for merging: catalogued checkpoints, folders, or `base+adapter` of either.
+
+        Raises:
+            UnknownNameError: a name that is neither in the catalog nor a folder.
+            CheckpointError: a folder is gone, damaged, or not what was added.
+        """
+        known = {entry.name for entry in self._ledger.checkpoints()}
+        names = recipe.all_names()
+        catalogued = self.sources([name for name in names if name in known])
+        found = {name: catalogued[name] for name in names if name in known}
+        for name in names:
+            if name not in known:
+                checkpoint = self._outside(name, known)
+                found[name] = Source(name=name, checkpoint=checkpoint, digest=weights_digest(checkpoint))
+        return Sources(found)
+
+    def _outside(self, name: str, known: Collection[str]) -> Checkpoint:
+        base, plus, adapter = name.partition("+")
+        if plus and not Path(name).is_dir():
+            parent = self.opened(self.entry(base)) if base in known else self._outside(base, known)
+            return open_checkpoint(adapter, parent)
+        if not Path(name).is_dir():
+            raise UnknownNameError(
+                "checkpoint", name, sorted(known), "Give a catalogued name (simmerge catalog add) or a folder's path."
+            )
+        return open_checkpoint(name)
+
     def sources(self, names: Sequence[str] | None = None) -> Sources:
         """Catalogued checkpoints, opened for merging.
 
@@ -157,7 +201,7 @@ class Catalog:
         entries = [self.entry(n) for n in names] if names is not None else list(self._ledger.checkpoints())
         opened: dict[str, Source] = {}
         for entry in entries:
-            checkpoint = open_checkpoint(entry.path)
+            checkpoint = self.opened(entry)
             if _file_state(checkpoint) != entry.facts.get("file_state") and weights_digest(checkpoint) != entry.digest:
                 raise CheckpointError(
                     f"'{entry.name}' at '{entry.path}' is not what was added to the catalog: its weights changed; "
@@ -175,5 +219,8 @@ def _descends(entry: CheckpointEntry) -> bool:
 
 def _file_state(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """Size and modification time of every weight file: unchanged means the digest need not be taken again."""
-    files = sorted({info.file for info in checkpoint.tensors.values()})
+    infos = list(checkpoint.tensors.values())
+    if checkpoint.adapter is not None:
+        infos += [info for update in checkpoint.adapter.updates.values() for info in update.parts().values()]
+    files = sorted({info.file for info in infos})
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

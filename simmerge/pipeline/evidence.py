@@ -10,7 +10,8 @@ from pathlib import Path
 
 from simmerge.features.pairs import pair_matrix
 from simmerge.operators import label
-from simmerge.pipeline.measuring import Spent, load_model
+from simmerge.pipeline.measuring import Spent
+from simmerge.pipeline.models import load_model
 from simmerge.pipeline.predicting import Prepared
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.ranking import Ranking

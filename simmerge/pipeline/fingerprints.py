@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from simmerge.checkpoint.checkpoint import open_checkpoint
 from simmerge.checkpoint.reader import TensorReader
 from simmerge.errors import FingerprintError
 from simmerge.features.extract import make_fingerprint
@@ -11,7 +10,7 @@ from simmerge.features.fingerprint import Fingerprint, load_fingerprint, save_fi
 from simmerge.features.probes import ProbeSet
 from simmerge.ledger.values import CheckpointEntry
 from simmerge.pipeline.catalog import Catalog
-from simmerge.pipeline.measuring import load_model
+from simmerge.pipeline.models import load_checkpoint
 
 
 def fingerprint_path(folder: Path, entry: CheckpointEntry, base: CheckpointEntry, probes: ProbeSet) -> Path:
@@ -80,11 +79,12 @@ class FingerprintStore:
             return None  # damaged or of an older format: made again, and the file is replaced
 
     def _make(self, entry: CheckpointEntry, base: CheckpointEntry, base_fingerprint: Fingerprint | None) -> Fingerprint:
-        model, tokenizer = load_model(entry.path)
+        checkpoint = self._catalog.opened(entry)
         with (
-            TensorReader(open_checkpoint(entry.path)) as reader,
-            TensorReader(open_checkpoint(base.path)) as parent,
+            TensorReader(checkpoint) as reader,
+            TensorReader(self._catalog.opened(base)) as parent,
         ):
+            model, tokenizer = load_checkpoint(checkpoint, reader)
             return make_fingerprint(
                 checkpoint=entry.digest,
                 tensors=reader,

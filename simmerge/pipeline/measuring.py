@@ -6,22 +6,17 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from simmerge.errors import CheckpointError
+from simmerge.errors import UsageError
 from simmerge.evaluate.lm_eval_adapter import LmEvalEvaluator
 from simmerge.evaluate.tasks import Task
 from simmerge.ledger.protocol import Ledger
-from simmerge.merge.memory import MemoryMerger, load_into
+from simmerge.merge.memory import MemoryMerger
 from simmerge.merge.sources import Sources
 from simmerge.operators import normal_form
+from simmerge.pipeline.models import load_checkpoint
+from simmerge.pipeline.statistics import StatisticsStore, needed
 from simmerge.recipe import Recipe
 from simmerge.types import Score
-
-# Only partly typed.
-_MODELS: Any = AutoModelForCausalLM
-_TOKENIZERS: Any = AutoTokenizer
 
 SETTINGS = f"lm-eval {version('lm_eval')}"
 """What a score depends on beside model, task and split; another version of lm-eval measures anew."""
@@ -37,23 +32,6 @@ class Spent:
     evaluate_seconds: float = 0.0
 
 
-def load_model(path: str) -> tuple[Any, Any]:
-    """Model in float32 and tokenizer of a local folder; no remote code, no network, no pickle.
-
-    Raises:
-        CheckpointError: transformers cannot load it.
-    """
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[attr-defined]
-    try:
-        model = _MODELS.from_pretrained(
-            path, dtype="float32", local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-        tokenizer = _TOKENIZERS.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"transformers cannot load '{path}': {error}") from error
-    return model.eval(), tokenizer
-
-
 @dataclass(slots=True)
 class Measurer:
     """Scores checkpoints and recipes on tasks; what the ledger holds is read, the rest is measured and recorded.
@@ -64,6 +42,7 @@ class Measurer:
         tasks: tasks by which everything is scored.
         base: name of the checkpoint whose architecture and tokenizer the merges have.
         keep_items: whether results per item are recorded too.
+        statistics: gives what some operators read beside the weights; recipes with them are refused without it.
         spent: running totals of what was really paid.
     """
 
@@ -72,6 +51,7 @@ class Measurer:
     tasks: Sequence[Task]
     base: str
     keep_items: bool = True
+    statistics: StatisticsStore | None = None
     spent: Spent = field(default_factory=Spent)
     _merger: MemoryMerger | None = None
     _live: tuple[Any, Any] | None = None
@@ -80,7 +60,7 @@ class Measurer:
     def live(self) -> tuple[Any, Any]:
         """The one model that every candidate is loaded into, and its tokenizer."""
         if self._live is None:
-            self._live = load_model(str(self.sources[self.base].checkpoint.path))
+            self._live = load_checkpoint(self.sources[self.base].checkpoint, self.sources.reader(self.base))
         return self._live
 
     def _holder(self) -> MemoryMerger:
@@ -89,10 +69,16 @@ class Measurer:
         return self._merger
 
     def _measure(
-        self, subject: str, load: Callable[[], None], names: Sequence[str], split: str, rung: str
+        self,
+        subject: str,
+        load: Callable[[], None],
+        names: Sequence[str],
+        split: str,
+        rung: str,
+        settings: str = SETTINGS,
     ) -> dict[str, Score]:
         digest = {task.name: task.digest for task in self.tasks}
-        known = {name: self.ledger.score(subject, digest[name], split, settings=SETTINGS) for name in names}
+        known = {name: self.ledger.score(subject, digest[name], split, settings=settings) for name in names}
         missing = [name for name, score in known.items() if score is None]
         if missing:
             began = time.perf_counter()
@@ -108,7 +94,7 @@ class Measurer:
             for score in scores:
                 self.spent.items += score.items
                 kept = score if self.keep_items else _without_items(score)
-                self.ledger.record_score(subject, digest[score.task], kept, settings=SETTINGS, rung=rung)
+                self.ledger.record_score(subject, digest[score.task], kept, settings=settings, rung=rung)
                 known[score.task] = score
         return {name: score for name, score in known.items() if score is not None}
 
@@ -116,7 +102,7 @@ class Measurer:
         """Scores of a catalogued checkpoint by task."""
 
         def load() -> None:
-            load_into(self.live()[0], self._holder().checkpoint(name))
+            self._holder().load_checkpoint(name, self.live()[0])
 
         return self._measure(self.sources[name].digest, load, tasks, split, "checkpoint")
 
@@ -125,11 +111,20 @@ class Measurer:
         recipe = normal_form(recipe)
         subject = recipe.recipe_id(self.sources.digests)
 
+        settings = SETTINGS
+        if needed(recipe):
+            if self.statistics is None:
+                raise UsageError(
+                    f"{needed(recipe)[0][0]} statistics are needed to merge this recipe; give probes to measure them on"
+                )
+            settings += f", probes {self.statistics.probes.digest[:16]}"
+            self.statistics.serve(self.sources, recipe)
+
         def load() -> None:
-            load_into(self.live()[0], self._holder().tensors(recipe))
+            self._holder().load(recipe, self.live()[0])
 
         self.ledger.put_recipe(subject, recipe.renamed(self.sources.digests).canonical())
-        return self._measure(subject, load, tasks, split, rung)
+        return self._measure(subject, load, tasks, split, rung, settings)
 
 
 def _without_items(score: Score) -> Score:

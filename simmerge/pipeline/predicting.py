@@ -9,7 +9,7 @@ from simmerge.evaluate.tasks import Task
 from simmerge.features.candidates import CandidateFeatures
 from simmerge.features.fingerprint import Fingerprint
 from simmerge.features.probes import ProbeSet
-from simmerge.operators import operator, operators
+from simmerge.operators import RECORDED, operator
 from simmerge.pipeline.measuring import Spent
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.ranking import Objective, Ranking, extractor_for, objective, rank
@@ -117,8 +117,8 @@ def prepare(
 
 def space_for(sizes: Sequence[int], names: Sequence[str] | None = None, *, sequences: bool = False,
               seed: int = 0) -> Space:  # fmt: skip
-    """The candidates of some operators (all by default) over the given numbers of checkpoints."""
-    table = [operator(name) for name in names] if names else list(operators().values())
+    """The candidates of some operators (by default the recorded ones) over the given numbers of checkpoints."""
+    table = [operator(name) for name in names or RECORDED]
     return Space(sizes=tuple(sizes), operators=tuple(table), sequences=sequences, seed=seed)
 
 

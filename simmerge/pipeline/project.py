@@ -1,6 +1,7 @@
 """A workspace with everything in it: the object that the command line and the Python interface use."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -9,10 +10,12 @@ from simmerge.evaluate.tasks import Task, load_task, load_tasks
 from simmerge.features.probes import ProbeSet, load_probes
 from simmerge.ledger.store import SqlLedger
 from simmerge.ledger.values import CheckpointEntry
-from simmerge.merge.folder import MergedFolder, merge_to_folder
+from simmerge.merge.folder import SHARD_BYTES, MergedFolder, merge_to_folder, refuse_existing
+from simmerge.operators import check_recipe
 from simmerge.pipeline.catalog import Catalog
 from simmerge.pipeline.fingerprints import FingerprintStore
 from simmerge.pipeline.measuring import Measurer
+from simmerge.pipeline.statistics import StatisticsStore, needed
 from simmerge.recipe import Recipe
 from simmerge.types import Score
 from simmerge.workspace import Workspace
@@ -98,28 +101,52 @@ class Project:
         return Measurer(self.ledger, sources, tasks, base)
 
     def evaluate(self, subjects: Sequence[str | Recipe], tasks: Sequence[str] | None = None,
-                 split: str = "select") -> list[dict[str, Score]]:  # fmt: skip
+                 split: str = "select", *, probes: Path | str | None = None) -> list[dict[str, Score]]:  # fmt: skip
         """Scores of checkpoints and recipes by task, in the order of `subjects`."""
         chosen = self.tasks(tasks)
+        task_names = [task.name for task in chosen]
         found: list[dict[str, Score]] = []
         for subject in subjects:
             names = list(subject.sources()) if isinstance(subject, Recipe) else [subject]
             base = self.catalog.entry(names[0]).base or names[0]
-            with self.catalog.sources(list(dict.fromkeys([base, *names, *_bases(subject)]))) as sources:
-                measurer = Measurer(self.ledger, sources, chosen, base)
-                task_names = [task.name for task in chosen]
-                if isinstance(subject, Recipe):
-                    found.append(measurer.recipe(subject, task_names, split))
-                else:
+            with ExitStack() as stack:
+                opened = self.catalog.sources(list(dict.fromkeys([base, *names, *_bases(subject)])))
+                measurer = Measurer(self.ledger, stack.enter_context(opened), chosen, base)
+                if not isinstance(subject, Recipe):
                     found.append(measurer.checkpoint(subject, task_names, split))
+                    continue
+                if needed(subject):
+                    measurer.statistics = stack.enter_context(self._statistics(probes))
+                found.append(measurer.recipe(subject, task_names, split))
         return found
 
-    def merge(self, recipe: Recipe, out: Path | str, *, evidence: Mapping[str, str] | None = None,
+    def _statistics(self, probes: Path | str | None) -> StatisticsStore:
+        return StatisticsStore(self.workspace.root / "statistics", self.probes(probes))
+
+    def merge(self, recipe: Recipe, out: Path | str, *, probes: Path | str | None = None,
+              evidence: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES, workers: int | None = None,
               progress: Callable[[int, int], None] | None = None) -> MergedFolder:  # fmt: skip
-        """Write the merge that a recipe of catalogued checkpoints describes; see `merge_to_folder`."""
-        names = [*recipe.sources(), *recipe.bases()]
-        with self.catalog.sources(list(dict.fromkeys(names))) as sources:
-            return merge_to_folder(recipe, sources, Path(out), evidence=evidence, progress=progress)
+        """Write the merge that a recipe describes; see `merge_to_folder`.
+
+        Args:
+            recipe: names catalogued checkpoints, folders, or `base+adapter` of either.
+            out: folder to write; must not exist.
+            probes: texts for operators that look at activations or gradients; by default as `probes` finds them.
+            evidence: lines for the model card, by title.
+            shard_bytes: largest weight file.
+            workers: threads.
+            progress: called with tensors done and tensors in all.
+        """
+        check_recipe(recipe)
+        refuse_existing(Path(out))
+        with ExitStack() as stack:
+            sources = stack.enter_context(self.catalog.recipe_sources(recipe))
+            if needed(recipe):
+                stack.enter_context(self._statistics(probes)).serve(sources, recipe)
+            return merge_to_folder(
+                recipe, sources, Path(out), evidence=evidence, shard_bytes=shard_bytes, workers=workers,
+                progress=progress,
+            )  # fmt: skip
 
 
 def _bases(subject: str | Recipe) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """What a report says in plain sentences: the page, the card and the terminal say the same."""
 
-from simmerge.recipe import Step
+from simmerge.recipe import Node, Stack, Step
 from simmerge.report import text
 from simmerge.report.data import ReportData, Spend
 
@@ -18,10 +18,12 @@ def headline(data: ReportData) -> str:
     return f"{merged}. This is a prediction: the merge was not evaluated."
 
 
-def _merged(root: Step) -> str:
-    if any(isinstance(item, Step) for item in root.inputs):
+def _merged(root: Node) -> str:
+    if isinstance(root, Stack):
+        return f"Stack the layers of {text.step_phrase(root)}, in this order"
+    if any(isinstance(item, Step | Stack) for item in root.inputs):
         return f"Merge {text.step_phrase(root)}, the innermost first"
-    names = text.listed(str(item) for item in root.inputs)
+    names = text.listed(text.step_phrase(item) for item in root.inputs)
     values = f" ({text.coefficients(root.coefficients)})" if root.coefficients else ""
     return f"Merge {names}, in this order, with {root.operator}{values}"
 

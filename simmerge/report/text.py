@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Iterable
 
-from simmerge.recipe import Recipe, Step, Value
+from simmerge.recipe import Filtered, Gradient, Input, Recipe, Slice, Value
 
 NOTHING = "—"
 DIGITS = 4
@@ -81,9 +81,16 @@ def duration(seconds: float | None) -> str:
 
 
 def coefficient(value: Value) -> str:
-    """One coefficient; a value per input stands in parentheses, in their order; a variant is its name."""
+    """One coefficient; a value per input stands in parentheses, in their order; a variant is its name.
+
+    A gradient over the layers is '0.1 → 0.9', a value by tensor names '0.5 (mlp), 0.3 (*)'.
+    """
     if isinstance(value, tuple):
-        return f"({', '.join(setting(v) for v in value)})"
+        return f"({', '.join(coefficient(v) for v in value)})"
+    if isinstance(value, Gradient):
+        return " → ".join(setting(v) for v in value.values)
+    if isinstance(value, Filtered):
+        return ", ".join(f"{coefficient(case)} ({name})" for name, case in value.cases)
     return value if isinstance(value, str) else setting(value)
 
 
@@ -92,10 +99,15 @@ def coefficients(values: Iterable[tuple[str, Value]], separator: str = ", ") -> 
     return separator.join(f"{name} {coefficient(value)}" for name, value in values) or NOTHING
 
 
-def step_phrase(step: Step) -> str:
-    """One step as `operator(inputs)`, steps inside steps: 'slerp(ties(a, b), c)'."""
-    inner = (step_phrase(item) if isinstance(item, Step) else item for item in step.inputs)
-    return f"{step.operator}({', '.join(inner)})"
+def step_phrase(node: Input) -> str:
+    """A node as `operator(inputs)`, steps inside steps: 'slerp(ties(a, b), c)'; layers of a as 'a[0:8]'."""
+    match node:
+        case str():
+            return node
+        case Slice():
+            return f"{node.source}[{node.start}:{node.end}]"
+        case _:
+            return f"{node.operator}({', '.join(step_phrase(item) for item in node.inputs)})"
 
 
 def recipe_phrase(recipe: Recipe) -> str:

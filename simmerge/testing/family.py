@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from simmerge.operators import OPERATORS, form
+from simmerge.operators import OPERATORS, RECORDED, form
 from simmerge.pipeline.predicting import fit, rows_of_table
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.table import ScoreTable
@@ -67,7 +67,7 @@ def fill(project: Project, root: Path) -> None:
 
 def record(project: Project) -> ScoreTable:
     """Every pair by every operator, measured."""
-    recipes = candidates(NAMES, "base", Space(sizes=(2,), operators=tuple(OPERATORS.values())))
+    recipes = candidates(NAMES, "base", Space(sizes=(2,), operators=tuple(OPERATORS[name] for name in RECORDED)))
     measurer = project.measurer(NAMES, project.tasks())
     with measurer.sources as sources:
         singles = {

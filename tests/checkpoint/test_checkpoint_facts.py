@@ -146,7 +146,7 @@ def test_a_file_that_was_cut_after_it_was_opened_is_reported(base_folder: Path, 
     checkpoint = open_checkpoint(tmp_path / "c")
     file = tmp_path / "c" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="ends inside tensor"):
+    with pytest.raises(CheckpointError, match="changed since it was opened"):
         weights_digest(checkpoint)
     file.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -93,7 +93,7 @@ def test_a_config_with_infinity_is_read_as_transformers_writes_it(tmp_path: Path
 def test_an_adapter(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    refused(tmp_path, "adapters are not supported yet", "Merge it into its base first")
+    refused(tmp_path, "peft_type must be 'LORA'", "Merge it into its base first")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])

@@ -16,7 +16,7 @@ from simmerge.features import pairs
 from simmerge.features.candidates import CandidateFeatures, effective_weights
 from simmerge.features.columns import COLUMNS
 from simmerge.features.fingerprint import save_fingerprint
-from simmerge.recipe import Recipe, Step
+from simmerge.recipe import Input, Recipe, Step
 
 TASKS = ("write", "compute", "sing")
 DOMAINS = {"write": "prose", "compute": "code"}
@@ -29,12 +29,12 @@ SCORES = {
 DOCS = Path(__file__).parents[2] / "docs" / "features.md"
 
 
-def recipe(operator: str, *inputs: Step | str, **values: Any) -> Recipe:
+def recipe(operator: str, *inputs: Input, **values: Any) -> Recipe:
     base = "base" if operators.operator(operator).needs_base else None
     return Recipe(root=Step(operator=operator, inputs=inputs, base=base, coefficients=tuple(sorted(values.items()))))
 
 
-def arithmetic(*inputs: Step | str, scale: float = 1.0, weights: tuple[float, ...] | None = None) -> Recipe:
+def arithmetic(*inputs: Input, scale: float = 1.0, weights: tuple[float, ...] | None = None) -> Recipe:
     given = {"lambda": scale} | ({"weight": weights} if weights else {})
     return recipe("task_arithmetic", *inputs, **given)
 

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import subprocess
@@ -13,11 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simmerge.checkpoint.checkpoint import open_checkpoint, weights_digest
 from simmerge.errors import IncompatibleError, MergeError, UnknownNameError, UsageError, WorkspaceError
+from simmerge.features.probes import ProbeSet
 from simmerge.merge import folder as folder_module
-from simmerge.merge.folder import merge_to_folder
-from simmerge.merge.memory import MemoryMerger, load_into
+from simmerge.merge.folder import content_digest, merge_to_folder
+from simmerge.merge.memory import MemoryMerger
 from simmerge.merge.sources import Source, Sources
 from simmerge.operators import OPERATORS
+from simmerge.pipeline.statistics import StatisticsStore
 from simmerge.recipe import Recipe, step
 from simmerge.recipe_yaml import read_recipe
 from simmerge.testing.checkpoints import perturb, rewrite, tiny_llama
@@ -42,9 +43,10 @@ def sources(root: Path, *names: str) -> Sources:
 
 def recipe_of(name: str, **values: object) -> Recipe:
     spec = OPERATORS[name]
-    return Recipe(root=step(name, ["a", "b"], "base" if spec.needs_base else None, values))  # type: ignore[arg-type]
+    return Recipe(root=step(name, ["a", "b"][: spec.max_inputs], "base" if spec.needs_base else None, values))  # type: ignore[arg-type]
 
 
+PROBES = ProbeSet(name="few", texts=("the cat sat on the mat", "a dog ran and it was on the hat"))
 TREE = Recipe(
     root=step("slerp", [step("ties", ["a", "b"], "base", {"density": 0.5}), "c"], None, {"t": 0.3}),
     dtype="float16",
@@ -53,7 +55,10 @@ TREE = Recipe(
 
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_every_operators_folder_loads_and_generates(name: str, family: Path, tmp_path: Path) -> None:
-    merged = merge_to_folder(recipe_of(name), sources(family), tmp_path / "out")
+    recipe = recipe_of(name)
+    with sources(family) as opened, StatisticsStore(tmp_path / "statistics", PROBES) as store:
+        store.serve(opened, recipe)
+        merged = merge_to_folder(recipe, opened, tmp_path / "out")
     model: Any = AutoModelForCausalLM.from_pretrained(merged.path)
     tokenizer = AutoTokenizer.from_pretrained(merged.path)
     inputs = tokenizer("the cat", return_tensors="pt", return_token_type_ids=False)
@@ -112,7 +117,7 @@ def test_the_folder_says_where_it_comes_from(family: Path, tmp_path: Path) -> No
     facts = json.loads((merged.path / "simmerge.json").read_text())
     assert facts["recipe_id"] == merged.recipe_id
     assert facts["inputs"] == {name: opened[name].digest for name in ("a", "b", "c", "base")}
-    assert facts["content_sha256"] == hashlib.sha256((merged.path / "model.safetensors").read_bytes()).hexdigest()
+    assert facts["content_sha256"] == content_digest(open_checkpoint(merged.path))
     assert read_recipe((merged.path / "recipe.yaml").read_text()) == TREE
     assert "0.5" in (merged.path / "README.md").read_text()
 
@@ -122,7 +127,7 @@ def test_loading_into_a_live_model_equals_loading_the_folder(family: Path, tmp_p
     merged = merge_to_folder(recipe, sources(family), tmp_path / "out")
     live = AutoModelForCausalLM.from_pretrained(family / "base").eval()
     with sources(family) as opened:
-        load_into(live, MemoryMerger(opened).tensors(recipe))
+        MemoryMerger(opened).load(recipe, live)
     loaded = AutoModelForCausalLM.from_pretrained(merged.path).eval()
     ids = torch.arange(5, 25).reshape(1, -1)
     with torch.no_grad():
@@ -170,7 +175,7 @@ def test_a_merge_that_is_not_finite_leaves_nothing(family: Path, tmp_path: Path)
 
 
 def test_a_full_disk_leaves_nothing(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = folder_module.merge_tensor
+    real = folder_module._write_at
     calls = []
 
     def full(*args: object) -> torch.Tensor:
@@ -179,7 +184,7 @@ def test_a_full_disk_leaves_nothing(family: Path, tmp_path: Path, monkeypatch: p
             raise OSError(28, "No space left on device")
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(folder_module, "merge_tensor", full)
+    monkeypatch.setattr(folder_module, "_write_at", full)
     with pytest.raises(WorkspaceError, match="disk full"):
         merge_to_folder(recipe_of("linear"), sources(family), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

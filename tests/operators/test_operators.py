@@ -1,7 +1,6 @@
 import dataclasses
 import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 from simmerge.errors import RangeError, RecipeError, UnknownNameError
 from simmerge.operators import (
     OPERATORS,
-    KernelCall,
     describe,
     form,
     label,
@@ -19,7 +17,9 @@ from simmerge.operators import (
     resolve,
     shares,
 )
-from simmerge.operators.kernels import exact_dot, keep_largest
+from simmerge.operators.kernels.operands import KernelCall, Operands
+from simmerge.operators.kernels.operands import run as run_kernel
+from simmerge.operators.kernels.statistics import gram, largest, magnitude
 from simmerge.recipe import Recipe, step
 
 NAMES = tuple(OPERATORS)
@@ -36,16 +36,9 @@ def run(name: str, inputs: list[torch.Tensor], base: torch.Tensor | None, keys: 
     values = {k.rstrip("_"): v for k, v in values.items()}  # `lambda` is a keyword, so it comes as `lambda_`
     item = step(name, [f"m{k}" for k in range(len(inputs))], "base" if base is not None else None, values)
     resolved = resolve(item)
-    call = KernelCall(
-        tensor="w",
-        inputs=tuple(inputs),
-        base=base if resolved.spec.needs_base else None,
-        numbers=resolved.numbers,
-        options=resolved.options,
-        keys=keys or tuple(str(k) for k in range(len(inputs))),
-        seed=3,
-    )
-    return resolved.spec.load()(call)
+    numbers, options = resolved.at("w", 0.0)
+    operands = Operands("w", inputs, base if resolved.spec.needs_base else None, keys=keys, seed=3)
+    return run_kernel(resolved.spec.load(), KernelCall(operands=operands, numbers=numbers, options=options))
 
 
 def f64(tensor: torch.Tensor) -> np.ndarray:
@@ -141,30 +134,7 @@ def test_random_masks_depend_on_seed_tensor_and_input_only() -> None:
     assert not torch.equal(forward, run("dare_ties", [a, b], base, keys=("x", "z"), density=0.5))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_identical_inputs_give_the_input(name: str) -> None:
-    base, a = tensors(2)
-    spec = operator(name)
-    values: dict[str, Any] = {}
-    if spec.needs_base:
-        values["normalize"] = "true"
-    if spec.coefficient("density"):
-        values["density"] = 1.0
-    got = run(name, [a, a], base if spec.needs_base else None, **values)
-    assert torch.allclose(got, a, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if not OPERATORS[n].ordered])
-def test_order_of_inputs_does_not_matter_where_the_operator_says_so(name: str) -> None:
-    base, a, b, c = tensors(4)
-    spec = operator(name)
-    given = base if spec.needs_base else None
-    forward = run(name, [a, b, c], given, keys=("a", "b", "c"), weight=(0.5, 1.0, 1.5))
-    backward = run(name, [c, a, b], given, keys=("c", "a", "b"), weight=(1.5, 0.5, 1.0))
-    assert torch.allclose(forward, backward, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if OPERATORS[n].linear])
+@pytest.mark.parametrize("name", [n for n in NAMES if OPERATORS[n].linear and OPERATORS[n].max_inputs is None])
 def test_linear_operators_are_affine_in_the_inputs(name: str) -> None:
     base, a, b, c = tensors(4)
     given = base if operator(name).needs_base else None
@@ -173,33 +143,57 @@ def test_linear_operators_are_affine_in_the_inputs(name: str) -> None:
     assert torch.allclose(half, mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 5)])
-def test_zero_and_single_element_tensors_give_no_nan(name: str, shape: tuple[int, ...]) -> None:
-    zero = torch.zeros(shape)
-    got = run(name, [zero, zero], zero if operator(name).needs_base else None)
-    assert torch.equal(got, zero)
+def kept(delta: torch.Tensor, count: int) -> torch.Tensor:
+    """Which entries of a vector are among the largest."""
+    operands = Operands("w", [delta], torch.zeros_like(delta))
+    (cut,) = largest(operands, 0, magnitude(0), (count,))
+    blocks = [cut.keep(block.deltas()[0], None, block.start) for block in operands.blocks()]
+    return torch.cat(blocks) != 0
 
 
-def test_keep_largest_breaks_ties_by_index() -> None:
+def test_selection_breaks_ties_by_index() -> None:
     delta = torch.tensor([1.0, -1.0, 1.0, 0.5, -2.0, 1.0])
-    assert keep_largest(delta, 0.5).tolist() == [True, True, False, False, True, False]
+    assert kept(delta, 3).tolist() == [True, True, False, False, True, False]
 
 
-def test_keep_largest_keeps_exactly_the_share_even_when_all_are_equal() -> None:
-    assert int(keep_largest(torch.ones(1000), 0.37).sum()) == 370
+@pytest.mark.parametrize("size", [1000, 300_000, 1_000_000])
+def test_selection_keeps_exactly_the_share_even_when_all_are_equal(size: int) -> None:
+    mask = kept(torch.ones(size), 370 * size // 1000)
+    assert mask[: 370 * size // 1000].all()
+    assert not mask[370 * size // 1000 :].any()
 
 
-def test_exact_dot_does_not_depend_on_threads() -> None:
+@pytest.mark.parametrize("levels", [2, 7, 300, 100_000])
+@pytest.mark.parametrize("share", [0.0005, 0.2, 0.5, 0.93])
+def test_selection_equals_a_stable_sort_on_a_grid_of_values(levels: int, share: float) -> None:
+    draws = np.random.default_rng(levels)
+    values = (draws.integers(1, levels + 1, 700_000) / levels * draws.choice([-1, 1], 700_000)).astype(np.float32)
+    count = int(share * len(values))
+    order = np.lexsort((np.arange(len(values)), -np.abs(values)))[:count]
+    expected = np.zeros(len(values), dtype=bool)
+    expected[order] = True
+    assert np.array_equal(kept(torch.from_numpy(values), count).numpy(), expected)
+
+
+def test_selection_of_more_than_is_there_keeps_all_that_is_not_zero() -> None:
+    delta = torch.zeros(900_000)
+    delta[::1000] = torch.arange(900).float() + 1
+    assert torch.equal(kept(delta, 450_000), delta != 0)
+    assert int(kept(delta, 10).sum()) == 10
+
+
+def test_gram_matrices_do_not_depend_on_threads_and_are_those_of_float64() -> None:
     draws = np.random.default_rng(1)
-    x = torch.from_numpy(draws.standard_normal(3_000_001).astype(np.float32))
+    x, y, z = (torch.from_numpy(draws.standard_normal(1_500_001).astype(np.float32)) for _ in range(3))
     before = torch.get_num_threads()
     got = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        got.append(exact_dot(x, x))
+        got.append(gram(Operands("w", [x, y], z), "deltas"))
     torch.set_num_threads(before)
-    assert got[0] == got[1]
+    assert np.array_equal(got[0], got[1])
+    deltas = np.stack([f64(x) - f64(z), f64(y) - f64(z)])
+    assert np.allclose(got[0], deltas @ deltas.T, rtol=0, atol=1e-9 * got[0].max())
 
 
 @pytest.mark.parametrize(
@@ -233,11 +227,11 @@ def test_every_declaration_is_consistent() -> None:
 
 
 def test_descriptors_have_the_same_names_for_every_operator() -> None:
-    names = {tuple(describe(step(n, ["a", "b"], "base"))) for n in NAMES}
+    names = {tuple(describe(step(n, ["a", "b"][: OPERATORS[n].max_inputs], "base"))) for n in NAMES}
     assert len(names) == 1
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if OPERATORS[n].linear])
+@pytest.mark.parametrize("name", [n for n in NAMES if OPERATORS[n].linear and OPERATORS[n].max_inputs is None])
 def test_shares_are_exact_for_linear_operators(name: str) -> None:
     base, a, b = tensors(3)
     item = step(name, ["a", "b"], "base" if operator(name).needs_base else None, {"weight": (0.3, 0.9)})

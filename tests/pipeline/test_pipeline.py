@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from simmerge.errors import CheckpointError, IncompatibleError, SurrogateError, UnknownNameError, UsageError
-from simmerge.operators import OPERATORS
+from simmerge.operators import RECORDED
 from simmerge.pipeline.answering import answer
 from simmerge.pipeline.comparing import Question, ends, scored_line
 from simmerge.pipeline.predicting import prepare, rank_candidates, space_for, surrogate_of
@@ -231,4 +231,4 @@ def test_hash_seed_and_threads_change_neither_ranking_nor_merge(family: Path, tm
 
 def test_every_operator_can_be_ranked(project: Project, family: Path) -> None:
     ranked = ranking(project, family).candidates
-    assert {c.recipe.root.operator for c in ranked} == set(OPERATORS)
+    assert {c.recipe.root.operator for c in ranked} == set(RECORDED)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from simmerge.errors import UsageError
-from simmerge.operators import OPERATORS, check_recipe, form
+from simmerge.operators import OPERATORS, RECORDED, check_recipe, form
 from simmerge.search.candidates import Space, candidates, settings
 from simmerge.search.shortlist import Shortlist
 
-ALL = tuple(OPERATORS.values())
+ALL = tuple(OPERATORS[name] for name in RECORDED)
 PER_PAIR = sum(len(list(settings(spec, 2))) for spec in ALL)
 
 

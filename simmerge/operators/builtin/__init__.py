@@ -1,0 +1,1 @@
+"""Declarations of the built-in operators, by family; `simmerge.operators.table` is the registry."""

@@ -1,0 +1,309 @@
+"""The tensors that one operator combines under one name, cut into blocks, and what was measured of them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+import torch
+
+BLOCK = 1 << 18
+"""Entries per block: a megabyte in float32, so that a few blocks stay in a core's cache. Part of no result but
+the rounding of sums, which is why it is fixed."""
+
+By = Literal["entries", "rows", "tensor"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of every operand, in float32 and in one shape.
+
+    Attributes:
+        start: index of its first entry in the flattened tensor.
+        stop: index after its last entry.
+        inputs: one tensor per input; of one dimension by entries, `rows x columns` by rows, in the tensor's
+            own shape by tensor. Not to be written to.
+        base: the base's part, where there is a base.
+    """
+
+    start: int
+    stop: int
+    inputs: tuple[torch.Tensor, ...]
+    base: torch.Tensor | None
+
+    def deltas(self) -> tuple[torch.Tensor, ...]:
+        """Task vectors: every input minus the base."""
+        if self.base is None:
+            raise TypeError("this operator needs a base")
+        return tuple(tensor - self.base for tensor in self.inputs)
+
+
+class Operands:
+    """Tensors of equal shape in any dtype, on one device, with a memory for what was measured of them.
+
+    Args:
+        tensor: name of the output tensor, part of the key of every random draw.
+        inputs: tensors in the recipe's order; not to be written to.
+        base: the base's tensor, where the operator uses a base.
+        keys: one stable key per input (its digest, or the id of the step that made it).
+        seed: the recipe's seed.
+        extras: what an operator asked for beside the weights (`OperatorSpec.needs`), one tensor per input, or
+            None where an input has none under this name.
+        keep: whether results as large as the tensors are remembered too; for search in memory.
+    """
+
+    def __init__(
+        self,
+        tensor: str,
+        inputs: Sequence[torch.Tensor],
+        base: torch.Tensor | None = None,
+        *,
+        keys: Sequence[str] = (),
+        seed: int = 0,
+        extras: Sequence[torch.Tensor | None] = (),
+        keep: bool = False,
+    ) -> None:
+        self.tensor = tensor
+        self.stored = tuple(inputs)
+        self.stored_base = base
+        self.keys = tuple(keys) or tuple(str(k) for k in range(len(inputs)))
+        self.seed = seed
+        self.extras = tuple(extras)
+        self.keep = keep
+        self._memory: dict[object, Any] = {}
+
+    def __len__(self) -> int:
+        """Number of inputs."""
+        return len(self.stored)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape that every operand has."""
+        return self.stored[0].shape
+
+    @property
+    def numel(self) -> int:
+        """Entries of one operand."""
+        return self.stored[0].numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all operands."""
+        return self.stored[0].device
+
+    @property
+    def columns(self) -> int:
+        """Entries of a row: the last dimension; a vector is one row."""
+        return int(self.shape[-1]) if len(self.shape) else 1
+
+    def remember(self, key: object, make: Callable[[], T], *, large: bool = False) -> T:
+        """`make()`, computed once; results as large as a tensor are kept only with `keep`."""
+        if key in self._memory:
+            return cast("T", self._memory[key])
+        value = make()
+        if self.keep or not large:
+            self._memory[key] = value
+        return value
+
+    def floats(self) -> tuple[torch.Tensor, ...]:
+        """All inputs whole, in float32."""
+        return self.remember("floats", lambda: tuple(t.float() for t in self.stored), large=True)
+
+    def float_base(self) -> torch.Tensor | None:
+        """The base whole, in float32."""
+        base = self.stored_base
+        return None if base is None else self.remember("float base", lambda: base.float(), large=True)
+
+    def blocks(self, by: By = "entries") -> Iterator[Block]:
+        """All blocks in order.
+
+        Args:
+            by: how to cut: into runs of entries, into whole rows, or not at all.
+        """
+        if by == "tensor":
+            yield Block(0, self.numel, self.floats(), self.float_base())
+            return
+        if not self.numel:
+            return
+        columns = self.columns if by == "rows" else 1
+        step = max(1, BLOCK // max(1, columns)) * columns
+        inputs = [t.reshape(-1) for t in (self.floats() if self.keep else self.stored)]
+        base = self.float_base() if self.keep else self.stored_base
+        flat_base = None if base is None else base.reshape(-1)
+        shape = (-1, columns) if by == "rows" else (-1,)
+        for start in range(0, self.numel, step):
+            stop = min(start + step, self.numel)
+            parts = tuple(t[start:stop].float().reshape(shape) for t in inputs)
+            yield Block(start, stop, parts, None if flat_base is None else flat_base[start:stop].float().reshape(shape))
+
+
+class Blockwise(Protocol):
+    """What a kernel makes of one set of coefficients: everything that needed the whole tensor is known."""
+
+    @property
+    def by(self) -> By:
+        """How blocks must be cut."""
+        ...
+
+    def apply(self, block: Block) -> torch.Tensor:
+        """The result's part that belongs to a block, float32, in the shape of the block's inputs.
+
+        May use the block's index range; is called once per block, in any order.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Any function of a block."""
+
+    apply: Callable[[Block], torch.Tensor]
+    by: By = "entries"
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A combination of the inputs with one weight each.
+
+    Attributes:
+        weights: one per input.
+        lifted: `base + sum_i w_i (x_i - base)`, in which small task vectors keep their digits, instead of
+            `sum_i w_i x_i`.
+    """
+
+    weights: tuple[float, ...]
+    lifted: bool = False
+
+    @property
+    def by(self) -> By:
+        """Any cut will do."""
+        return "entries"
+
+    def apply(self, block: Block) -> torch.Tensor:
+        """The combination of a block."""
+        if self.lifted:
+            return self.of(block.deltas(), block.base)
+        return self.of(block.inputs, None)
+
+    def of(self, vectors: Sequence[torch.Tensor], base: torch.Tensor | None) -> torch.Tensor:
+        """The combination of vectors, added to the base where there is one.
+
+        Args:
+            vectors: task vectors if lifted, else inputs.
+            base: the base if lifted.
+        """
+        result = base
+        for tensor, weight in zip(vectors, self.weights, strict=True):
+            if result is None:
+                result = tensor * weight
+            elif weight:
+                result = torch.add(result, tensor, alpha=weight, out=None if result is base else result)
+        if result is None:
+            raise TypeError("a combination needs a base or an input")
+        return result.clone() if result is base else result
+
+
+@dataclass(frozen=True, slots=True)
+class Thinned:
+    """Task vectors thinned out one by one, and then combined in a way that no tensor's content enters.
+
+    Attributes:
+        thin: makes an input's vote out of its task vector on a block.
+        factors: scale of each vote.
+        combine: makes the merged tensor out of the votes and the base.
+        by: how blocks must be cut.
+    """
+
+    thin: "tuple[Thin, ...]"
+    factors: tuple[float, ...]
+    combine: "Combine"
+    by: By = "entries"
+
+    def votes(self, block: Block) -> list[torch.Tensor]:
+        """Thinned and scaled task vectors of a block."""
+        found: list[torch.Tensor] = []
+        for one, delta, factor in zip(self.thin, block.deltas(), self.factors, strict=True):
+            vote = one(delta, block)
+            found.append(vote if factor == 1 else vote * factor)
+        return found
+
+    def apply(self, block: Block) -> torch.Tensor:
+        """The merged block."""
+        if block.base is None:
+            raise TypeError("this operator needs a base")
+        return self.combine(self.votes(block), block.base)
+
+
+Thin = Callable[[torch.Tensor, Block], torch.Tensor]
+Combine = Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelCall:
+    """Everything that a kernel may look at to merge one tensor.
+
+    Attributes:
+        operands: the tensors and what is known of them.
+        numbers: coefficients; those per input are tuples with one value per input.
+        options: chosen variants.
+    """
+
+    operands: Operands
+    numbers: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict[str, Any])
+    options: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def tensor(self) -> str:
+        """Name of the tensor."""
+        return self.operands.tensor
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """All inputs whole, in float32; not to be written to."""
+        return self.operands.floats()
+
+    @property
+    def base(self) -> torch.Tensor | None:
+        """The base whole, in float32; not to be written to."""
+        return self.operands.float_base()
+
+    def number(self, name: str) -> float:
+        """A coefficient that is one number."""
+        value = self.numbers[name]
+        if isinstance(value, tuple):
+            raise TypeError(f"coefficient '{name}' holds one value per input")
+        return value
+
+    def per_input(self, name: str) -> tuple[float, ...]:
+        """A coefficient that is one number per input."""
+        value = self.numbers[name]
+        return value if isinstance(value, tuple) else (value,) * len(self.operands)
+
+    def chosen(self, name: str) -> bool:
+        """Whether an option with the choices 'true' and 'false' is true."""
+        return self.options[name] == "true"
+
+    def deltas(self) -> tuple[torch.Tensor, ...]:
+        """Task vectors whole: every input minus the base."""
+        if self.base is None:
+            raise TypeError(f"tensor '{self.tensor}': this operator needs a base")
+        base = self.base
+        return tuple(tensor - base for tensor in self.inputs)
+
+
+Kernel = Callable[[KernelCall], "Blockwise | torch.Tensor"]
+"""A pure function; a plug-in that needs no blocks returns the whole result, float32, in the operands' shape."""
+
+
+def run(kernel: Kernel, call: KernelCall) -> torch.Tensor:
+    """The whole result of a kernel, float32."""
+    made = kernel(call)
+    if isinstance(made, torch.Tensor):
+        return made
+    shape = call.operands.shape
+    if made.by == "tensor":
+        return made.apply(next(call.operands.blocks("tensor")))
+    out = torch.empty(call.operands.numel, dtype=torch.float32, device=call.operands.device)
+    for block in call.operands.blocks(made.by):
+        out[block.start : block.stop] = made.apply(block).reshape(-1)
+    return out.reshape(shape)

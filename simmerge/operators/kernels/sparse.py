@@ -1,0 +1,352 @@
+"""Task vectors that are thinned out, with or without an election of signs, and added to the base.
+
+TIES, DARE, DELLA and Breadcrumbs are one operator: a way to thin out each task vector, a way to make up for it, and
+a sum or an election.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from simmerge.errors import RangeError
+from simmerge.operators.kernels.operands import Affine, Block, By, KernelCall, Operands, Thin, Thinned
+from simmerge.operators.kernels.random import fine_draws, kept, masked
+from simmerge.operators.kernels.statistics import absolute_sum, add_up, largest, magnitude
+
+
+def elect(votes: Sequence[torch.Tensor], weights: Sequence[float], *, weighted: bool, normalize: bool) -> torch.Tensor:
+    """Sum of the votes that agree with the elected sign, divided by their weights if asked.
+
+    The sign of the sum wins, zero electing plus (Yadav et al. 2023); votes of zero never agree.
+
+    Args:
+        votes: thinned task vectors of one shape.
+        weights: one per vote.
+        weighted: whether the sum that elects is weighted, as in mergekit; the paper's is not.
+        normalize: divide by the sum of the weights of those that agree (by one where that is zero).
+    """
+    cast = [v * w if w != 1 else v for v, w in zip(votes, weights, strict=True)] if weighted else list(votes)
+    whole = cast[0] if len(cast) == 1 else cast[0] + cast[1]
+    for vote in cast[2:]:
+        whole = whole.add_(vote)
+    # Arithmetic on signs of +1 and -1: torch's operations on booleans are several times slower.
+    sign = torch.ge(whole, 0, out=torch.empty_like(whole)).mul_(2).sub_(1)
+    merged, divisor, agrees = None, None, torch.empty_like(whole)
+    for vote, weight in zip(cast, weights, strict=True):
+        part = (vote * sign).clamp_min_(0)
+        if normalize:
+            torch.gt(part, 0, out=agrees)
+            divisor = agrees * weight if divisor is None else divisor.add_(agrees, alpha=weight)
+        if not weighted and weight != 1:
+            part.mul_(weight)
+        merged = part if merged is None else merged.add_(part)
+    if merged is None:
+        raise TypeError("an election needs at least one vote")
+    if divisor is not None:
+        if min(weights) > 0:
+            divisor.clamp_min_(min(weights))  # zero only where nothing agrees, and there the sum is zero
+        else:
+            divisor.masked_fill_(divisor == 0, 1.0)
+        merged.div_(divisor)
+    return merged.mul_(sign)
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """Votes to merged tensor: the weighted sum or the election, scaled and added to the base."""
+
+    weights: tuple[float, ...]
+    lam: float
+    normalize: bool
+    weighted: bool
+    election: bool
+
+    def __call__(self, votes: Sequence[torch.Tensor], base: torch.Tensor) -> torch.Tensor:
+        """The merged tensor.
+
+        Args:
+            votes: thinned task vectors, one per weight; not written to.
+            base: of the same shape.
+        """
+        if self.election:
+            merged = elect(votes, self.weights, weighted=self.weighted, normalize=self.normalize)
+            return torch.add(base, merged, alpha=self.lam, out=merged)
+        whole = math.fsum(self.weights)
+        scale = self.lam / whole if self.normalize and abs(whole) >= 1e-8 else self.lam
+        return Affine(tuple(scale * w for w in self.weights), lifted=True).of(votes, base)
+
+
+def _finish(call: KernelCall, thin: Sequence[Thin], factors: tuple[float, ...], *, by: By, election: bool) -> Thinned:
+    """Thin every task vector, scale it, combine them and add the result to the base."""
+    combination = Combination(
+        weights=call.per_input("weight"),
+        lam=call.number("lambda"),
+        normalize=call.chosen("normalize"),
+        weighted=call.options.get("vote", "weighted") == "weighted",
+        election=election,
+    )
+    return Thinned(tuple(thin), factors, combination, by)
+
+
+def _l1_factors(operands: Operands, thin: Sequence[Thin], by: By, densities: Sequence[float]) -> tuple[float, ...]:
+    """What restores each thinned task vector's L1 norm; 1 where either norm is below 1e-7, as in mergekit."""
+    sums: list[torch.Tensor] = []
+    for block in operands.blocks(by):
+        row: list[torch.Tensor] = []
+        for one, delta, density in zip(thin, block.deltas(), densities, strict=True):
+            whole = absolute_sum(delta)
+            row += [whole, absolute_sum(one(delta, block)) if density < 1 else whole]
+        sums.append(torch.stack(row))
+    found = add_up(sums) or [0.0] * (2 * len(thin))
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return tuple(1.0 if before < 1e-7 or after < 1e-7 else before / after for before, after in pairs)
+
+
+def _factors(call: KernelCall, thin: Sequence[Thin], by: By) -> tuple[float, ...]:
+    density = call.per_input("density")
+    match call.options["rescale"]:
+        case "l1":
+            return _l1_factors(call.operands, thin, by, density)
+        case "inverse":
+            return tuple(1 / d if d > 0 else 1.0 for d in density)
+        case _:
+            return (1.0,) * len(density)
+
+
+def _all(delta: torch.Tensor, _block: Block) -> torch.Tensor:
+    return delta
+
+
+def ties(call: KernelCall) -> Thinned:
+    """Trim to the largest entries of each tensor, elect signs, mean of those that agree (Yadav et al. 2023)."""
+    thin = [_largest(call.operands, k, density) for k, density in enumerate(call.per_input("density"))]
+    return _finish(call, thin, _factors(call, thin, "entries"), by="entries", election=True)
+
+
+def _largest(operands: Operands, index: int, density: float) -> Thin:
+    if density >= 1:
+        return _all
+    count = max(1, int(density * operands.numel)) if density > 0 else 0
+    (cut,) = largest(operands, index, magnitude(index), (count,))
+    return lambda delta, block: cut.keep(delta, None, block.start)
+
+
+def breadcrumbs(call: KernelCall) -> Thinned:
+    """Drop the largest and the smallest entries of each task vector (Davari and Belilovsky 2024), and add them up."""
+    return _breadcrumbs(call, election=False)
+
+
+def breadcrumbs_ties(call: KernelCall) -> Thinned:
+    """Breadcrumbs, then an election of signs."""
+    return _breadcrumbs(call, election=True)
+
+
+def _breadcrumbs(call: KernelCall, *, election: bool) -> Thinned:
+    pairs = zip(call.per_input("density"), call.per_input("gamma"), strict=True)
+    thin = [_middle(call.operands, k, density, gamma) for k, (density, gamma) in enumerate(pairs)]
+    return _finish(call, thin, _factors(call, thin, "entries"), by="entries", election=election)
+
+
+def _middle(operands: Operands, index: int, density: float, gamma: float) -> Thin:
+    if density >= 1:
+        return _all
+    n = operands.numel
+    wanted, top = int(density * n), int(gamma * n)
+    top = min(top, n - wanted)  # a gamma too large is cut so that the density holds
+    upper, lower = largest(operands, index, magnitude(index), (top, top + wanted))
+
+    def thin(delta: torch.Tensor, block: Block) -> torch.Tensor:
+        return lower.keep(delta, None, block.start) - upper.keep(delta, None, block.start)
+
+    return thin
+
+
+@dataclass(frozen=True, slots=True)
+class _Masks:
+    """Masks of one input by block, packed to bits, so that a second pass need not draw again."""
+
+    make: Callable[[torch.Tensor, Block], npt.NDArray[np.bool_]]
+    packed: dict[int, npt.NDArray[np.uint8]]
+    keep: bool
+
+    def __call__(self, delta: torch.Tensor, block: Block) -> torch.Tensor:
+        bits = self.packed.get(block.start)
+        if bits is not None:
+            return masked(delta, np.unpackbits(bits, count=delta.numel()).view(np.bool_))
+        mask = self.make(delta, block)
+        if self.keep:
+            self.packed[block.start] = np.packbits(mask)
+        return masked(delta, mask)
+
+
+def dare_linear(call: KernelCall) -> Thinned:
+    """Drop entries at random, rescale, and add the task vectors (Yu et al. 2024)."""
+    return _dare(call, election=False)
+
+
+def dare_ties(call: KernelCall) -> Thinned:
+    """Drop entries at random, rescale, then elect signs as TIES does (Yu et al. 2024)."""
+    return _dare(call, election=True)
+
+
+def _dare(call: KernelCall, *, election: bool) -> Thinned:
+    twice = call.options["rescale"] == "l1"
+    thin = [_random(call.operands, k, density, twice) for k, density in enumerate(call.per_input("density"))]
+    return _finish(call, thin, _factors(call, thin, "entries"), by="entries", election=election)
+
+
+def _random(operands: Operands, index: int, density: float, twice: bool) -> Thin:
+    if density >= 1:
+        return _all
+
+    def make(_delta: torch.Tensor, block: Block) -> npt.NDArray[np.bool_]:
+        return kept(operands, index, block.start, block.stop, density)
+
+    return _Masks(make, {}, twice)
+
+
+def della(call: KernelCall) -> Thinned:
+    """Drop entries at random, small ones more often, then elect signs (Deep et al. 2024)."""
+    return _della(call, election=True)
+
+
+def della_linear(call: KernelCall) -> Thinned:
+    """Drop entries at random, small ones more often, and add the task vectors (Deep et al. 2024)."""
+    return _della(call, election=False)
+
+
+def _della(call: KernelCall, *, election: bool) -> Thinned:
+    inverse = call.options["rescale"] == "inverse"
+    pairs = tuple(zip(call.per_input("density"), call.per_input("epsilon"), strict=True))
+    for density, epsilon in pairs:
+        if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            raise RangeError(
+                f"{'della' if election else 'della_linear'}: density - epsilon and density + epsilon must be in "
+                f"(0, 1), got density {density:g} and epsilon {epsilon:g}; use a smaller epsilon"
+            )
+    operands = call.operands
+    twice = call.options["rescale"] == "l1"
+    thin = [_ranked(operands, k, density, epsilon, twice, inverse) for k, (density, epsilon) in enumerate(pairs)]
+    factors = (1.0,) * len(thin) if inverse else _factors(call, thin, "rows")
+    return _finish(call, thin, factors, by="rows", election=election)
+
+
+def _ranked(operands: Operands, index: int, density: float, epsilon: float, twice: bool, inverse: bool) -> Thin:
+    if density >= 1:
+        return _all
+    if density <= 0:
+        return lambda delta, _block: torch.zeros_like(delta)
+
+    def make(delta: torch.Tensor, block: Block) -> npt.NDArray[np.bool_]:
+        draws = fine_draws(operands, index, block.start, block.stop).reshape(delta.shape)
+        if not operands.keep or epsilon == 0 or delta.shape[1] == 1:
+            return rank_mask(delta.abs(), draws, density, epsilon)
+        ranks = operands.remember(("ranks", index, block.start), lambda: row_ranks(delta.abs()), large=True)
+        return ranks.cpu().numpy() >= _needed(draws, delta.shape[1], density, epsilon)
+
+    if not inverse:
+        return _Masks(make, {}, twice)
+
+    def scaled(delta: torch.Tensor, block: Block) -> torch.Tensor:
+        mask = torch.as_tensor(make(delta, block)).to(delta.device)
+        chance = _chances(operands, index, delta, block, density, epsilon)
+        return torch.where(mask, delta / chance, 0.0)
+
+    return scaled
+
+
+def _chances(
+    operands: Operands, index: int, delta: torch.Tensor, block: Block, density: float, epsilon: float
+) -> torch.Tensor:
+    n = delta.shape[1]
+    if not operands.keep or n == 1:
+        return probabilities(delta.abs(), density, epsilon)
+    ranks = operands.remember(("ranks", index, block.start), lambda: row_ranks(delta.abs()), large=True)
+    return (ranks * (2 * epsilon / (n - 1))).add_(density - epsilon)
+
+
+def probabilities(size: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
+    """Each entry's chance to stay, by its rank in its row: from density - epsilon (smallest) to density + epsilon.
+
+    Args:
+        size: magnitudes, `[rows, n]`; of equal ones the entry of lower index ranks lower.
+        density: mean chance.
+        epsilon: how far the chance goes up and down from it.
+    """
+    n = size.shape[1]
+    if n == 1:
+        return torch.full_like(size, density)
+    return row_ranks(size).mul_(2 * epsilon / (n - 1)).add_(density - epsilon)
+
+
+def row_ranks(size: torch.Tensor) -> torch.Tensor:
+    """Rank of each entry in its row, from 0, float32 `[rows, n]`; of equal entries the lower index ranks lower.
+
+    Args:
+        size: non-negative numbers, `[rows, n]` float32.
+    """
+    n = size.shape[1]
+    # Magnitude and column in one integer: one sort of numbers orders both, and breaks ties by column.
+    bits = size.contiguous().view(torch.int32).to(torch.int64).cpu().numpy()
+    keys = (bits << 32) | np.arange(n, dtype=np.int64)
+    keys.sort(axis=1)
+    columns = torch.as_tensor(keys & 0xFFFFFFFF).to(size.device)
+    ranks = torch.arange(n, dtype=torch.float32, device=size.device).expand_as(size)
+    return torch.empty_like(size).scatter_(1, columns, ranks)
+
+
+def _needed(draws: npt.NDArray[np.float32], n: int, density: float, epsilon: float) -> npt.NDArray[np.float32]:
+    """The rank, out of n, from which on an entry stays at its draw."""
+    return np.ceil((draws - np.float32(density - epsilon)) * np.float32((n - 1) / (2 * epsilon)))
+
+
+def rank_mask(
+    size: torch.Tensor, draws: npt.NDArray[np.float32], density: float, epsilon: float
+) -> npt.NDArray[np.bool_]:
+    """Entries that stay: those whose draw is below their chance (see `probabilities`).
+
+    Nothing is ranked: a draw says which rank an entry must reach, and one look into the row's sorted magnitudes
+    says whether it does.
+
+    Args:
+        size: magnitudes, `[rows, n]` float32.
+        draws: one number in [0, 1) per entry.
+        density: mean chance to stay.
+        epsilon: how far the chance goes up and down from it.
+    """
+    n = size.shape[1]
+    if n == 1 or epsilon == 0:
+        return draws < np.float32(density)
+    values = size.cpu()
+    ordered = torch.as_tensor(np.sort(values.numpy(), axis=1))
+    need = _needed(draws, n, density, epsilon)
+    rank = torch.as_tensor(need).clamp(0, n - 1).to(torch.int64)
+    bar = torch.gather(ordered, 1, rank).numpy()
+    entries = values.numpy()
+    mask = (entries > bar) | (need <= 0)
+    mask &= need <= n - 1
+    level = np.argwhere((entries == bar) & (need > 0) & (need <= n - 1))
+    if len(level):
+        _settle_ties(entries, ordered.numpy(), need, level, mask)
+    return mask
+
+
+def _settle_ties(
+    entries: npt.NDArray[np.float32],
+    ordered: npt.NDArray[np.float32],
+    need: npt.NDArray[np.float32],
+    level: npt.NDArray[np.int64],
+    mask: npt.NDArray[np.bool_],
+) -> None:
+    """Entries as large as the one at their rank: the rank among equals, by index, decides."""
+    columns: npt.NDArray[np.int64] = np.arange(entries.shape[1], dtype=np.int64)
+    for row in np.unique(level[:, 0]):
+        places = level[level[:, 0] == row, 1]
+        value = entries[row, places]
+        below = np.searchsorted(ordered[row], value, side="left")
+        earlier = np.count_nonzero((entries[row] == value[:, None]) & (columns < places[:, None]), axis=1)
+        mask[row, places] = below + earlier >= need[row, places]
