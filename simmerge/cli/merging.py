@@ -43,6 +43,7 @@ def merge(
         float, typer.Option("--shard-size", min=0.001, help="Largest weight file, in GB (10^9 bytes).")
     ] = 5.0,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Threads; default all cores.")] = None,
+    digest: Annotated[bool, typer.Option("--digest", help="Take the SHA-256 of the merged content too.")] = False,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,7 +62,7 @@ def merge(
     ):
         task = shown.add_task("tensors", total=None)
         result = project.merge(
-            plan, out, probes=probes, shard_bytes=int(shard_size * 1e9), workers=workers,
+            plan, out, probes=probes, shard_bytes=int(shard_size * 1e9), workers=workers, digest=digest,
             progress=lambda done, total: shown.update(task, completed=done, total=total),
         )  # fmt: skip
     facts = {"path": str(result.path), "recipe_id": result.recipe_id, "sha256": result.content_sha256,

@@ -34,7 +34,7 @@ _TEMPLATE = "chat_template.jinja"
 _SAVE = "Load and save the model and its tokenizer again with transformers."
 
 
-def write_company(job: Job, folder: Path, *, title: str, digest: str, evidence: Mapping[str, str]) -> None:
+def write_company(job: Job, folder: Path, *, title: str, digest: str | None, evidence: Mapping[str, str]) -> None:
     """Write everything of a checkpoint but its weights into a folder.
 
     Config and settings are those of the recipe's `files_from`, else of `into`, else of its first source; the chat
@@ -64,11 +64,12 @@ def write_company(job: Job, folder: Path, *, title: str, digest: str, evidence: 
         "recipe_id": recipe_id,
         "recipe": to_dict(recipe),
         "inputs": inputs,
-        "content_sha256": digest,
         "seed": recipe.seed,
         "versions": {name: version(name) for name in ("simmerge", "torch", "safetensors")}
         | {"python": platform.python_version()},
     }
+    if digest is not None:
+        provenance["content_sha256"] = digest
     if sources.statistics:
         provenance["statistics"] = sources.statistics
     (folder / "simmerge.json").write_text(_json(provenance), encoding="utf-8")

@@ -35,13 +35,13 @@ class MergedFolder:
         path: where.
         recipe_id: the recipe's id.
         content_sha256: SHA-256 over every tensor's name, dtype, shape and SHA-256, in the order of names; the
-            same however the tensors are spread over files.
+            same however the tensors are spread over files. None where it was not asked for.
         stored_bytes: bytes of all tensors.
     """
 
     path: Path
     recipe_id: str
-    content_sha256: str
+    content_sha256: str | None
     stored_bytes: int
 
 
@@ -60,6 +60,7 @@ def merge_to_folder(
     evidence: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     workers: int | None = None,
+    digest: bool = False,
 ) -> MergedFolder:
     """Make the merge that a recipe describes and write it as a checkpoint.
 
@@ -76,6 +77,8 @@ def merge_to_folder(
         evidence: lines for the model card, by title.
         progress: called with tensors done and tensors in all.
         workers: threads, each on one core; default all cores.
+        digest: whether to take the content's SHA-256 too. On two cores and with the inputs in memory that is a
+            third of the time of a linear merge; recipe and input digests determine the content without it.
 
     Raises:
         UsageError: `out` exists.
@@ -96,13 +99,13 @@ def merge_to_folder(
         require_free(out.parent, size + 1_000_000)
         with atomic_folder(out, needs=size) as folder:
             files = shards(outputs, shard_bytes)
-            digests = _write(job, outputs, files, folder, workers or default_workers(), progress)
+            digests = _write(job, outputs, files, folder, workers or default_workers(), progress, digest)
             if len(files) > 1:
                 (folder / "model.safetensors.index.json").write_bytes(index(files, size))
-            digest = _content_digest(outputs, digests)
-            write_company(job, folder, title=out.name, digest=digest, evidence=evidence or {})
+            content = _content_digest(outputs, digests) if digest else None
+            write_company(job, folder, title=out.name, digest=content, evidence=evidence or {})
         return MergedFolder(
-            path=out, recipe_id=recipe.recipe_id(used.digests), content_sha256=digest, stored_bytes=size
+            path=out, recipe_id=recipe.recipe_id(used.digests), content_sha256=content, stored_bytes=size
         )
 
 
@@ -113,8 +116,9 @@ def _write(
     folder: Path,
     workers: int,
     progress: Callable[[int, int], None] | None,
+    digest: bool,
 ) -> dict[str, str]:
-    """Write every tensor to its place; SHA-256 of its bytes by name."""
+    """Write every tensor to its place; SHA-256 of its bytes by name, '' where it is not asked for."""
     opened: dict[str, tuple[int, int]] = {}
     descriptors: list[int] = []
     try:
@@ -127,9 +131,12 @@ def _write(
         # Large ones first: a large one begun last would keep one core busy and the others waiting.
         order = sorted(outputs, key=lambda item: (-item.size, item.name))
         digests: dict[str, str] = {}
-        work = each(lambda item: (item.name, _write_tensor(job, item, *opened[item.name])), order, workers)
-        for done, (name, digest) in enumerate(work, 1):
-            digests[name] = digest
+
+        def write(item: Output) -> tuple[str, str]:
+            return item.name, _write_tensor(job, item, *opened[item.name], digest)
+
+        for done, (name, found) in enumerate(each(write, order, workers), 1):
+            digests[name] = found
             if progress is not None:
                 progress(done, len(outputs))
         return digests
@@ -138,17 +145,18 @@ def _write(
             os.close(descriptor)
 
 
-def _write_tensor(job: Job, item: Output, descriptor: int, offset: int) -> str:
-    digest = hashlib.sha256()
+def _write_tensor(job: Job, item: Output, descriptor: int, offset: int, wanted: bool) -> str:
+    digest = hashlib.sha256() if wanted else None
     dtype = TORCH_DTYPES[item.dtype]
     for start, part in job.parts(item.name):
         rounded = part.to(dtype)
         if rounded.is_floating_point():
             require_finite(item.name, rounded)
         content = rounded.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        digest.update(content)
+        if digest is not None:
+            digest.update(content)
         _write_at(descriptor, content, offset + start * rounded.element_size())
-    return digest.hexdigest()
+    return digest.hexdigest() if digest is not None else ""
 
 
 def _write_at(descriptor: int, content: memoryview, offset: int) -> None:

@@ -56,6 +56,8 @@ class MemoryMerger:
         self._layouts: dict[object, FlatLayout] = {}
         self._prepared: OrderedDict[object, _Set] = OrderedDict()
         self._jobs: dict[object, Job] = {}
+        self._now: dict[int, _Set] = {}
+        self._merged: tuple[FlatLayout, torch.Tensor] | None = None
         self._live: WeakKeyDictionary[Any, tuple[FlatLayout, Live]] = WeakKeyDictionary()
 
     def tensors(self, recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -137,13 +139,11 @@ class MemoryMerger:
             sink = Sink(layout, live.slots, live.flat)
             for name, _, _ in layout.others:
                 live.slots[name].copy_(job.engine.stored(name))
+            self._now.clear()
             root = job.recipe.root
-            resolved = resolve(root) if isinstance(root, Step) else None
-            plain = resolved is not None and resolved.constant and all(isinstance(i, str) for i in root.inputs)
-            if resolved is not None and isinstance(root, Step) and plain and resolved.spec.uniform:
-                self._uniform(job, root, resolved, layout, sink)
-            elif resolved is not None and isinstance(root, Step) and plain and resolved.spec.late:
-                self._thinned(job, root, resolved, layout, sink)
+            plain = isinstance(root, Step) and all(isinstance(item, str) for item in root.inputs)
+            if isinstance(root, Step) and plain and (resolved := resolve(root)).constant:
+                self._plain(job, root, resolved, layout, sink)
             else:
                 for part in layout.parts:
                     for start, values in job.engine.blocks(part.name):
@@ -152,6 +152,40 @@ class MemoryMerger:
                 for part in layout.parts:
                     for _, values in job.engine.blocks(part.name):
                         require_finite(part.name, values.to(part.dtype))
+
+    def _plain(self, job: Job, node: Step, resolved: ResolvedStep, layout: FlatLayout, sink: Sink) -> None:
+        """One step over checkpoints with the same coefficients everywhere: as few passes as its operator allows."""
+        if resolved.spec.uniform:
+            self._uniform(job, node, resolved, layout, sink)
+        elif resolved.spec.late:
+            self._thinned(job, node, resolved, layout, sink)
+        else:
+            self._by_tensor(job, node, layout, sink)
+
+    def _by_tensor(self, job: Job, node: Step, layout: FlatLayout, sink: Sink) -> None:
+        """Tensor by tensor; combinations are collected in one vector, so that what follows is done at once."""
+        prepared, whole = self._whole(node, job.recipe.seed, layout)
+        base = whole.stored_base
+        merged = self._scratch(layout)
+        for part in layout.parts:
+            call, made = job.engine.plan(part.name)
+            place = merged[part.start : part.stop]
+            if isinstance(made, Affine) and (prepared.deltas is not None or not made.lifted):
+                vectors = prepared.deltas if made.lifted and prepared.deltas is not None else whole.stored
+                origin = base[part.start : part.stop] if made.lifted and base is not None else None
+                made.of([v[part.start : part.stop] for v in vectors], origin, out=place)
+            elif isinstance(made, torch.Tensor):
+                place.copy_(made.reshape(-1))
+            else:
+                for block in call.operands.blocks(made.by):
+                    place[block.start : block.stop].copy_(made.apply(block).reshape(-1))
+        for start, stop in layout.steps():
+            sink.put(start, merged[start:stop])
+
+    def _scratch(self, layout: FlatLayout) -> torch.Tensor:
+        if self._merged is None or self._merged[0] is not layout:
+            self._merged = (layout, torch.zeros(layout.size, device=self._device))
+        return self._merged[1]
 
     def _set(self, node: Step, seed: int) -> _Set:
         key = (node.inputs, node.base, operator(node.operator).needs, seed)
@@ -165,7 +199,10 @@ class MemoryMerger:
         return prepared
 
     def _operands(self, node: Step, tensor: str, seed: int, make: Callable[[], Operands]) -> Operands:
-        prepared = self._set(node, seed).operands
+        found = self._now.get(id(node))
+        if found is None:
+            found = self._now[id(node)] = self._set(node, seed)
+        prepared = found.operands
         if tensor not in prepared:
             prepared[tensor] = make()
             prepared[tensor].keep = True

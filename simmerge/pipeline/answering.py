@@ -208,7 +208,7 @@ def conclude(
         project, prepared, ranking, model, found, measurer.spent, extra, command=command, seed=seed, budget=budget,
     )  # fmt: skip
     if not merged.exists():
-        project.merge(best.recipe, merged, evidence=evidence_of(data))
+        project.merge(best.recipe, merged, evidence=evidence_of(data), digest=True)
     if extra.prompt:
         data = replace(data, sample=generate(merged, extra.prompt))
     page = project.workspace.reports / f"{best.recipe_id}.html"

@@ -125,7 +125,7 @@ class Project:
 
     def merge(self, recipe: Recipe, out: Path | str, *, probes: Path | str | None = None,
               evidence: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES, workers: int | None = None,
-              progress: Callable[[int, int], None] | None = None) -> MergedFolder:  # fmt: skip
+              digest: bool = False, progress: Callable[[int, int], None] | None = None) -> MergedFolder:  # fmt: skip
         """Write the merge that a recipe describes; see `merge_to_folder`.
 
         Args:
@@ -135,6 +135,7 @@ class Project:
             evidence: lines for the model card, by title.
             shard_bytes: largest weight file.
             workers: threads.
+            digest: whether to take the SHA-256 of the merged content too.
             progress: called with tensors done and tensors in all.
         """
         check_recipe(recipe)
@@ -145,7 +146,7 @@ class Project:
                 stack.enter_context(self._statistics(probes)).serve(sources, recipe)
             return merge_to_folder(
                 recipe, sources, Path(out), evidence=evidence, shard_bytes=shard_bytes, workers=workers,
-                progress=progress,
+                digest=digest, progress=progress,
             )  # fmt: skip
 
 

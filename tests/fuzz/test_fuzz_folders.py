@@ -282,7 +282,7 @@ def check_merge(recipe: Recipe, inputs: dict[str, Path], out: Path) -> bool:
     """Merge; whether it was made. Asserts that it is right and whole, or refused usefully without a trace."""
     try:
         with time_limit(5):
-            result = merge_to_folder(recipe, Sources({n: source(n, p) for n, p in inputs.items()}), out)
+            result = merge_to_folder(recipe, Sources({n: source(n, p) for n, p in inputs.items()}), out, digest=True)
     except SimMergeError as error:
         message = str(error)
         assert useful(message, *inputs.values(), "tensor '"), message

@@ -67,7 +67,7 @@ def sources():
 
 opened = sources()
 def merge(out, **more):
-    return merge_to_folder(recipe, opened, out, shard_bytes={SHARD}, workers=2, **more)
+    return merge_to_folder(recipe, opened, out, shard_bytes={SHARD}, workers=2, digest=True, **more)
 """
 
 # Children are forked, so that torch is imported once. The parent never computes: threads do not survive a fork.

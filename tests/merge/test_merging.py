@@ -105,15 +105,15 @@ def test_renaming_checkpoints_changes_neither_id_nor_bytes(family: Path, tmp_pat
         (tmp_path / new).symlink_to(family / old)
     recipe = recipe_of("dare_ties")
     renamed = recipe.renamed({"base": "root", "a": "first", "b": "second"})
-    x = merge_to_folder(recipe, sources(family), tmp_path / "x")
-    y = merge_to_folder(renamed, sources(tmp_path, "root", "first", "second"), tmp_path / "y")
+    x = merge_to_folder(recipe, sources(family), tmp_path / "x", digest=True)
+    y = merge_to_folder(renamed, sources(tmp_path, "root", "first", "second"), tmp_path / "y", digest=True)
     assert x.recipe_id == y.recipe_id
     assert x.content_sha256 == y.content_sha256
 
 
 def test_the_folder_says_where_it_comes_from(family: Path, tmp_path: Path) -> None:
     opened = sources(family)
-    merged = merge_to_folder(TREE, opened, tmp_path / "out", evidence={"Score": "0.5"})
+    merged = merge_to_folder(TREE, opened, tmp_path / "out", evidence={"Score": "0.5"}, digest=True)
     facts = json.loads((merged.path / "simmerge.json").read_text())
     assert facts["recipe_id"] == merged.recipe_id
     assert facts["inputs"] == {name: opened[name].digest for name in ("a", "b", "c", "base")}
@@ -147,7 +147,7 @@ def test_bytes_do_not_depend_on_hash_seed_or_threads(family: Path, tmp_path: Pat
         "    c = open_checkpoint(root / name)\n"
         "    found[name] = Source(name=name, checkpoint=c, digest=weights_digest(c))\n"
         "recipe = read_recipe(Path(sys.argv[2], 'recipe.yaml').read_text())\n"
-        "print(merge_to_folder(recipe, Sources(found), Path(sys.argv[2], sys.argv[4])).content_sha256)\n"
+        "print(merge_to_folder(recipe, Sources(found), Path(sys.argv[2], sys.argv[4]), digest=True).content_sha256)\n"
     )
     (tmp_path / "recipe.yaml").write_text(
         "merge_method: slerp\nmodels: [{merge: {merge_method: dare_ties, base_model: base, "

@@ -19,7 +19,7 @@ from simmerge.operators import (
 )
 from simmerge.operators.kernels.operands import KernelCall, Operands
 from simmerge.operators.kernels.operands import run as run_kernel
-from simmerge.operators.kernels.statistics import gram, largest, magnitude
+from simmerge.operators.kernels.statistics import Ranking, gram, largest, magnitude
 from simmerge.recipe import Recipe, step
 
 NAMES = tuple(OPERATORS)
@@ -146,7 +146,7 @@ def test_linear_operators_are_affine_in_the_inputs(name: str) -> None:
 def kept(delta: torch.Tensor, count: int) -> torch.Tensor:
     """Which entries of a vector are among the largest."""
     operands = Operands("w", [delta], torch.zeros_like(delta))
-    (cut,) = largest(operands, 0, magnitude(0), (count,))
+    ((cut,),) = largest(operands, [Ranking(0, magnitude(0), (count,))])
     blocks = [cut.keep(block.deltas()[0], None, block.start) for block in operands.blocks()]
     return torch.cat(blocks) != 0
 

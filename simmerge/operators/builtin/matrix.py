@@ -96,6 +96,7 @@ CONSENSUS_TA = OperatorSpec(
     paper="Wang et al. 2024, https://arxiv.org/abs/2405.07813",
     kernel=f"{KERNELS}.consensus:consensus_ta",
     needs_base=True,
+    uniform=True,
     coefficients=(
         _weight("share of each input"),
         Coefficient(

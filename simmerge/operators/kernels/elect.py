@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from simmerge.operators.kernels.operands import Block, KernelCall, Operands, Plan
-from simmerge.operators.kernels.statistics import add_up, largest, total
+from simmerge.operators.kernels.statistics import Ranking, add_up, largest, total
 
 
 def sce(call: KernelCall) -> Plan:
@@ -21,7 +21,7 @@ def sce(call: KernelCall) -> Plan:
     cut = None
     if share < 1:
         varied = operands.remember("varied", lambda: _varied(operands))
-        (cut,) = largest(operands, "variance", variance, (int(varied * share),))
+        ((cut,),) = largest(operands, [Ranking("variance", variance, (int(varied * share),))])
 
     def selected(block: Block) -> list[torch.Tensor]:
         deltas = block.deltas()

@@ -10,11 +10,13 @@ BLOCK = 1 << 18
 """Entries per block: a megabyte in float32, so that a few blocks stay in a core's cache. Part of no result but
 the rounding of sums, which is why it is fixed."""
 
+_SMALL = 1 << 20
+"""Entries up to which the blocks of a tensor are held at once: four megabytes per operand."""
+
 By = Literal["entries", "rows", "tensor"]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
 class Block:
     """A part of every operand, in float32 and in one shape.
 
@@ -26,16 +28,23 @@ class Block:
         base: the base's part, where there is a base.
     """
 
-    start: int
-    stop: int
-    inputs: tuple[torch.Tensor, ...]
-    base: torch.Tensor | None
+    __slots__ = ("_deltas", "base", "inputs", "start", "stop")
+
+    def __init__(self, start: int, stop: int, inputs: tuple[torch.Tensor, ...], base: torch.Tensor | None) -> None:
+        self.start = start
+        self.stop = stop
+        self.inputs = inputs
+        self.base = base
+        self._deltas: tuple[torch.Tensor, ...] | None = None
 
     def deltas(self) -> tuple[torch.Tensor, ...]:
-        """Task vectors: every input minus the base."""
-        if self.base is None:
-            raise TypeError("this operator needs a base")
-        return tuple(tensor - self.base for tensor in self.inputs)
+        """Task vectors: every input minus the base; not to be written to."""
+        if self._deltas is None:
+            if self.base is None:
+                raise TypeError("this operator needs a base")
+            base = self.base
+            self._deltas = tuple(tensor - base for tensor in self.inputs)
+        return self._deltas
 
 
 class Operands:
@@ -125,6 +134,13 @@ class Operands:
             return
         if not self.numel:
             return
+        if self.numel <= _SMALL:
+            # Operators look twice at a tensor: a small one is widened once.
+            yield from self.remember(("blocks", by), lambda: list(self._cut(by)))
+        else:
+            yield from self._cut(by)
+
+    def _cut(self, by: By) -> Iterator[Block]:
         columns = self.columns if by == "rows" else 1
         step = max(1, BLOCK // max(1, columns)) * columns
         inputs = [t.reshape(-1) for t in (self.floats() if self.keep else self.stored)]
@@ -185,22 +201,27 @@ class Affine:
             return self.of(block.deltas(), block.base)
         return self.of(block.inputs, None)
 
-    def of(self, vectors: Sequence[torch.Tensor], base: torch.Tensor | None) -> torch.Tensor:
+    def of(
+        self, vectors: Sequence[torch.Tensor], base: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The combination of vectors, added to the base where there is one.
 
         Args:
             vectors: task vectors if lifted, else inputs.
             base: the base if lifted.
+            out: where to write it; a new tensor if None.
         """
         result = base
         for tensor, weight in zip(vectors, self.weights, strict=True):
             if result is None:
-                result = tensor * weight
+                result = torch.mul(tensor, weight, out=out)
             elif weight:
-                result = torch.add(result, tensor, alpha=weight, out=None if result is base else result)
+                result = torch.add(result, tensor, alpha=weight, out=out if result is base else result)
         if result is None:
             raise TypeError("a combination needs a base or an input")
-        return result.clone() if result is base else result
+        if result is not base:
+            return result
+        return result.clone() if out is None else out.copy_(result)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +245,9 @@ class Thinned:
         found: list[torch.Tensor] = []
         for one, delta, factor in zip(self.thin, block.deltas(), self.factors, strict=True):
             vote = one(delta, block)
-            found.append(vote if factor == 1 else vote * factor)
+            if factor != 1:
+                vote = vote * factor if vote is delta else vote.mul_(factor)
+            found.append(vote)
         return found
 
     def apply(self, block: Block) -> torch.Tensor:

@@ -14,12 +14,28 @@ from simmerge.rng import rng_for
 UInt16 = npt.NDArray[np.uint16]
 
 
+class _Stream:
+    """A stream of words, at any place of it."""
+
+    def __init__(self, generator: np.random.Generator) -> None:
+        self._generator = generator
+        self._next = 0
+
+    def words(self, start: int, count: int) -> npt.NDArray[np.uint64]:
+        """Words `start` to `start + count`."""
+        if start != self._next:  # to go back is to go on past the end of the period
+            self._generator.bit_generator.advance((start - self._next) % (1 << 128))  # type: ignore[attr-defined]
+        self._next = start + count
+        return self._generator.integers(0, 1 << 64, size=count, dtype=np.uint64)
+
+
 def _words(operands: Operands, index: int, use: str, start: int, count: int) -> npt.NDArray[np.uint64]:
-    """Words `start` to `start + count` of a stream."""
-    generator = rng_for(operands.seed, use, operands.tensor, operands.keys[index])
-    stream = generator.bit_generator
-    stream.advance(start)  # type: ignore[attr-defined]
-    return generator.integers(0, 1 << 64, size=count, dtype=np.uint64)
+    """Words `start` to `start + count` of the stream of a use, a tensor and an input."""
+
+    def make() -> _Stream:
+        return _Stream(rng_for(operands.seed, use, operands.tensor, operands.keys[index]))
+
+    return operands.remember(("stream", use, index), make).words(start, count)
 
 
 def draws(operands: Operands, index: int, start: int, stop: int) -> UInt16:

@@ -15,7 +15,7 @@ import torch
 from simmerge.errors import RangeError
 from simmerge.operators.kernels.operands import Affine, Block, By, KernelCall, Operands, Thin, Thinned
 from simmerge.operators.kernels.random import fine_draws, kept, masked
-from simmerge.operators.kernels.statistics import absolute_sum, add_up, largest, magnitude
+from simmerge.operators.kernels.statistics import Cut, Ranking, absolute_sum, add_up, largest, magnitude
 
 
 def elect(votes: Sequence[torch.Tensor], weights: Sequence[float], *, weighted: bool, normalize: bool) -> torch.Tensor:
@@ -53,6 +53,10 @@ def elect(votes: Sequence[torch.Tensor], weights: Sequence[float], *, weighted: 
             divisor.masked_fill_(divisor == 0, 1.0)
         merged.div_(divisor)
     return merged.mul_(sign)
+
+
+_TOGETHER = 256
+"""Rows of a matrix that are looked at together for equal magnitudes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +127,15 @@ def _all(delta: torch.Tensor, _block: Block) -> torch.Tensor:
 
 def ties(call: KernelCall) -> Thinned:
     """Trim to the largest entries of each tensor, elect signs, mean of those that agree (Yadav et al. 2023)."""
-    thin = [_largest(call.operands, k, density) for k, density in enumerate(call.per_input("density"))]
+    operands, densities = call.operands, call.per_input("density")
+    counts = [max(1, int(d * operands.numel)) if d > 0 else 0 for d in densities]
+    asked = [Ranking(k, magnitude(k), (count,)) for k, count in enumerate(counts) if densities[k] < 1]
+    cuts = iter(largest(operands, asked))
+    thin = [_all if density >= 1 else _keeping(*next(cuts)) for density in densities]
     return _finish(call, thin, _factors(call, thin, "entries"), by="entries", election=True)
 
 
-def _largest(operands: Operands, index: int, density: float) -> Thin:
-    if density >= 1:
-        return _all
-    count = max(1, int(density * operands.numel)) if density > 0 else 0
-    (cut,) = largest(operands, index, magnitude(index), (count,))
+def _keeping(cut: Cut) -> Thin:
     return lambda delta, block: cut.keep(delta, None, block.start)
 
 
@@ -146,40 +150,38 @@ def breadcrumbs_ties(call: KernelCall) -> Thinned:
 
 
 def _breadcrumbs(call: KernelCall, *, election: bool) -> Thinned:
-    pairs = zip(call.per_input("density"), call.per_input("gamma"), strict=True)
-    thin = [_middle(call.operands, k, density, gamma) for k, (density, gamma) in enumerate(pairs)]
+    operands, n = call.operands, call.operands.numel
+    counts: dict[int, tuple[int, int]] = {}
+    for k, (density, gamma) in enumerate(zip(call.per_input("density"), call.per_input("gamma"), strict=True)):
+        if density < 1:
+            wanted = int(density * n)
+            top = min(int(gamma * n), n - wanted)  # a gamma too large is cut so that the density holds
+            counts[k] = (top, top + wanted)
+    cuts = largest(operands, [Ranking(k, magnitude(k), pair) for k, pair in counts.items()])
+    found = dict(zip(counts, cuts, strict=True))
+    thin = [_middle(*found[k]) if k in found else _all for k in range(len(operands))]
     return _finish(call, thin, _factors(call, thin, "entries"), by="entries", election=election)
 
 
-def _middle(operands: Operands, index: int, density: float, gamma: float) -> Thin:
-    if density >= 1:
-        return _all
-    n = operands.numel
-    wanted, top = int(density * n), int(gamma * n)
-    top = min(top, n - wanted)  # a gamma too large is cut so that the density holds
-    upper, lower = largest(operands, index, magnitude(index), (top, top + wanted))
-
-    def thin(delta: torch.Tensor, block: Block) -> torch.Tensor:
-        return lower.keep(delta, None, block.start) - upper.keep(delta, None, block.start)
-
-    return thin
+def _middle(upper: Cut, lower: Cut) -> Thin:
+    return lambda delta, block: lower.keep(delta, None, block.start).sub_(upper.keep(delta, None, block.start))
 
 
-@dataclass(frozen=True, slots=True)
 class _Masks:
-    """Masks of one input by block, packed to bits, so that a second pass need not draw again."""
+    """Draws masks for the blocks of one input; remembers them for a second pass where there will be one."""
 
-    make: Callable[[torch.Tensor, Block], npt.NDArray[np.bool_]]
-    packed: dict[int, npt.NDArray[np.uint8]]
-    keep: bool
+    def __init__(self, make: Callable[[torch.Tensor, Block], npt.NDArray[np.bool_]], *, twice: bool) -> None:
+        self._make = make
+        self._twice = twice
+        self._packed: dict[int, npt.NDArray[np.uint8]] = {}
 
     def __call__(self, delta: torch.Tensor, block: Block) -> torch.Tensor:
-        bits = self.packed.get(block.start)
+        bits = self._packed.get(block.start)
         if bits is not None:
             return masked(delta, np.unpackbits(bits, count=delta.numel()).view(np.bool_))
-        mask = self.make(delta, block)
-        if self.keep:
-            self.packed[block.start] = np.packbits(mask)
+        mask = self._make(delta, block)
+        if self._twice:
+            self._packed[block.start] = np.packbits(mask)
         return masked(delta, mask)
 
 
@@ -206,7 +208,7 @@ def _random(operands: Operands, index: int, density: float, twice: bool) -> Thin
     def make(_delta: torch.Tensor, block: Block) -> npt.NDArray[np.bool_]:
         return kept(operands, index, block.start, block.stop, density)
 
-    return _Masks(make, {}, twice)
+    return _Masks(make, twice=twice)
 
 
 def della(call: KernelCall) -> Thinned:
@@ -249,7 +251,7 @@ def _ranked(operands: Operands, index: int, density: float, epsilon: float, twic
         return ranks.cpu().numpy() >= _needed(draws, delta.shape[1], density, epsilon)
 
     if not inverse:
-        return _Masks(make, {}, twice)
+        return _Masks(make, twice=twice)
 
     def scaled(delta: torch.Tensor, block: Block) -> torch.Tensor:
         mask = torch.as_tensor(make(delta, block)).to(delta.device)
@@ -327,26 +329,60 @@ def rank_mask(
     rank = torch.as_tensor(need).clamp(0, n - 1).to(torch.int64)
     bar = torch.gather(ordered, 1, rank).numpy()
     entries = values.numpy()
-    mask = (entries > bar) | (need <= 0)
-    mask &= need <= n - 1
-    level = np.argwhere((entries == bar) & (need > 0) & (need <= n - 1))
+    within = need <= n - 1
+    mask = entries > bar
+    mask |= need <= 0
+    mask &= within
+    level = np.flatnonzero((entries == bar) & within)
     if len(level):
-        _settle_ties(entries, ordered.numpy(), need, level, mask)
+        rows, columns = np.divmod(level, n)
+        mask[rows, columns] = _reach(entries, ordered.numpy(), rows, columns, need[rows, columns])
     return mask
 
 
-def _settle_ties(
+def _reach(
     entries: npt.NDArray[np.float32],
     ordered: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.int64],
+    columns: npt.NDArray[np.int64],
     need: npt.NDArray[np.float32],
-    level: npt.NDArray[np.int64],
-    mask: npt.NDArray[np.bool_],
-) -> None:
-    """Entries as large as the one at their rank: the rank among equals, by index, decides."""
-    columns: npt.NDArray[np.int64] = np.arange(entries.shape[1], dtype=np.int64)
-    for row in np.unique(level[:, 0]):
-        places = level[level[:, 0] == row, 1]
-        value = entries[row, places]
-        below = np.searchsorted(ordered[row], value, side="left")
-        earlier = np.count_nonzero((entries[row] == value[:, None]) & (columns < places[:, None]), axis=1)
-        mask[row, places] = below + earlier >= need[row, places]
+) -> npt.NDArray[np.bool_]:
+    """Whether entries that equal the one at the rank they need have that rank: the index decides among equals."""
+    wanted = need.astype(np.int64)
+    values = entries[rows, columns]
+    # The first of its equals stands exactly at the rank: all of them reach it.
+    reached = (wanted <= 0) | (ordered[rows, np.maximum(wanted - 1, 0)] < values)
+    among = np.flatnonzero(~reached)
+    for start in range(0, len(among), _TOGETHER):
+        some = among[start : start + _TOGETHER]
+        reached[some] = (
+            _first_equal(ordered, rows[some], values[some], wanted[some])
+            + _equals_before(entries, rows[some], columns[some])
+            >= wanted[some]
+        )
+    return reached
+
+
+def _first_equal(
+    ordered: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.int64],
+    values: npt.NDArray[np.float32],
+    ranks: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int64]:
+    """Rank of the first of the equal values that stand at some ranks."""
+    first = ranks.copy()
+    moving = np.arange(len(first), dtype=np.int64)
+    while len(moving):
+        before = np.maximum(first[moving] - 1, 0)
+        moving = moving[(first[moving] > 0) & (ordered[rows[moving], before] == values[moving])]
+        first[moving] -= 1
+    return first
+
+
+def _equals_before(
+    entries: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """How many entries to the left are equal to each of some entries."""
+    equal = entries[rows] == entries[rows, columns][:, None]
+    which, where = np.divmod(np.flatnonzero(equal), entries.shape[1])
+    return np.bincount(which[where < columns[which]], minlength=len(rows)).astype(np.int64)

@@ -19,7 +19,7 @@ from simmerge.operators.kernels.operands import Block, Operands
 
 Float64 = npt.NDArray[np.float64]
 _RUN = 512
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 15
 _EXACT = 1 << 14
 """Up to this many entries sums are in float64 throughout: small tensors have few errors to average."""
 
@@ -46,7 +46,8 @@ def products(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Inner products of all pairs i <= j of vectors, float64, row by row of the upper triangle."""
     if vectors[0].numel() <= _EXACT:
         vectors = [v.double() for v in vectors]
-    found = [total(x * y) for i, x in enumerate(vectors) for y in vectors[i:]]
+    product = torch.empty_like(vectors[0])
+    found = [total(torch.mul(x, y, out=product)) for i, x in enumerate(vectors) for y in vectors[i:]]
     return torch.stack(found)
 
 
@@ -117,26 +118,45 @@ NOTHING = Cut(math.inf, -1)
 EVERYTHING = Cut(0.0, -1)
 
 
-def largest(
-    operands: Operands, key: object, values: Callable[[Block], torch.Tensor], counts: Sequence[int]
-) -> tuple[Cut, ...]:
-    """For each k of `counts`, which entries are the k largest; of equal values those of lower index are.
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """A question about the largest values.
 
-    Args:
-        operands: the tensors.
+    Attributes:
         key: what `values` is, to be remembered by.
         values: a non-negative number per entry of a block by entries; must not depend on other entries.
         counts: how many to keep; zero and less is nothing, more than there are non-zero entries is all of them.
     """
+
+    key: object
+    values: Callable[[Block], torch.Tensor]
+    counts: tuple[int, ...]
+
+
+def largest(operands: Operands, rankings: Sequence[Ranking]) -> list[tuple[Cut, ...]]:
+    """For each ranking and each k of its counts, which entries are the k largest; one pass answers all.
+
+    Of equal values those of lower index are in.
+    """
     if operands.keep:
-        ordered = operands.remember(("ordered", key), lambda: _order(operands, values), large=True)
-        return tuple(_from_order(ordered, k) for k in counts)
-    missing = [k for k in dict.fromkeys(counts) if 0 < k < operands.numel]
-    known = operands.remember(("largest", key), dict[int, Cut])
-    missing = [k for k in missing if k not in known]
-    if missing:
-        known.update(_select(operands, values, missing))
-    return tuple(NOTHING if k <= 0 else EVERYTHING if k >= operands.numel else known[k] for k in counts)
+        return [_from_memory(operands, ranking) for ranking in rankings]
+    known = [operands.remember(("largest", r.key), dict[int, Cut]) for r in rankings]
+    wanted = [
+        (r.values, [k for k in dict.fromkeys(r.counts) if 0 < k < operands.numel and k not in cuts])
+        for r, cuts in zip(rankings, known, strict=True)
+    ]
+    asked = [index for index, (_, counts) in enumerate(wanted) if counts]
+    for index, found in zip(asked, _select(operands, [wanted[i] for i in asked]), strict=True):
+        known[index].update(found)
+    return [
+        tuple(NOTHING if k <= 0 else EVERYTHING if k >= operands.numel else cuts[k] for k in ranking.counts)
+        for ranking, cuts in zip(rankings, known, strict=True)
+    ]
+
+
+def _from_memory(operands: Operands, ranking: Ranking) -> tuple[Cut, ...]:
+    ordered = operands.remember(("ordered", ranking.key), lambda: _order(operands, ranking.values), large=True)
+    return tuple(_from_order(ordered, k) for k in ranking.counts)
 
 
 _Ordered = tuple[npt.NDArray[np.float32], npt.NDArray[np.int32] | npt.NDArray[np.int64]]
@@ -163,28 +183,51 @@ def _numpy(values: torch.Tensor) -> npt.NDArray[np.float32]:
     return values.reshape(-1).cpu().numpy()
 
 
-def _select(operands: Operands, values: Callable[[Block], torch.Tensor], counts: list[int]) -> dict[int, Cut]:
-    brackets = _brackets(operands, values, counts)
-    above = dict.fromkeys(counts, 0)
-    inside: dict[int, list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]] = {k: [] for k in counts}
+_Asked = tuple[Callable[[Block], torch.Tensor], list[int]]
+
+
+class _Search:
+    """One bracket: how many values are above it, and which are inside."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+        self.above = 0
+        self.where: list[npt.NDArray[np.int64]] = []
+        self.what: list[npt.NDArray[np.float32]] = []
+
+    def look(self, values: npt.NDArray[np.float32], start: int) -> None:
+        """Take in the values of one block."""
+        greater = values > self.high
+        self.above += int(np.count_nonzero(greater))
+        among = np.flatnonzero((values >= self.low) ^ greater)
+        self.where.append(among + start)
+        self.what.append(values[among])
+
+    def cut(self, count: int) -> Cut | None:
+        """The cut at a count, None where the bracket missed it."""
+        where, what = np.concatenate(self.where), np.concatenate(self.what)
+        wanted = count - self.above
+        if wanted < 1 or (wanted > len(what) and self.low > _LEAST):
+            return None
+        return _cut(where, what, wanted)
+
+
+def _select(operands: Operands, asked: Sequence[_Asked]) -> list[dict[int, Cut]]:
+    searches = [{k: _Search(*bracket) for k, bracket in found.items()} for found in _brackets(operands, asked)]
     for block in operands.blocks():
-        found = _numpy(values(block))
-        for k, (low, high) in brackets.items():
-            greater = found > high
-            above[k] += int(np.count_nonzero(greater))
-            among = np.flatnonzero((found >= low) ^ greater)
-            inside[k].append((among + block.start, found[among]))
-    cuts: dict[int, Cut] = {}
-    for k in counts:
-        where = np.concatenate([w for w, _ in inside[k]])
-        what = np.concatenate([v for _, v in inside[k]])
-        wanted = k - above[k]
-        low = brackets[k][0]
-        if wanted < 1 or (wanted > len(what) and low > _LEAST):
-            # The bracket missed (once in ten thousand): take everything that is not zero.
-            where, what = _everything(operands, values)
-            wanted = k
-        cuts[k] = _cut(where, what, wanted)
+        for (values, _), each in zip(asked, searches, strict=True):
+            if each:
+                found = _numpy(values(block))
+                for search in each.values():
+                    search.look(found, block.start)
+    cuts: list[dict[int, Cut]] = []
+    for (values, _), each in zip(asked, searches, strict=True):
+        made: dict[int, Cut] = {}
+        for k, search in each.items():
+            cut = search.cut(k)
+            # The bracket missed (once in thousands): look at everything that is not zero.
+            made[k] = _cut(*_everything(operands, values), k) if cut is None else cut
+        cuts.append(made)
     return cuts
 
 
@@ -192,25 +235,30 @@ _LEAST = float(np.finfo(np.float32).smallest_subnormal)
 """Low end of a bracket that leaves out nothing but zeros."""
 
 
-def _brackets(
-    operands: Operands, values: Callable[[Block], torch.Tensor], counts: list[int]
-) -> dict[int, tuple[float, float]]:
+def _brackets(operands: Operands, asked: Sequence[_Asked]) -> list[dict[int, tuple[float, float]]]:
     n = operands.numel
     if n <= 4 * _SAMPLE:
-        return dict.fromkeys(counts, (_LEAST, math.inf))
+        return [dict.fromkeys(counts, (_LEAST, math.inf)) for _, counts in asked]
     # An odd stride meets all columns of a matrix with a power of two of them.
-    stride = (n // _SAMPLE) | 1
-    sample = np.sort(_numpy(values(_strided(operands, stride))))[::-1]
+    sample = _strided(operands, (n // _SAMPLE) | 1)
+    return [_bracket(_numpy(values(sample)), n, counts) for values, counts in asked]
+
+
+def _bracket(sample: npt.NDArray[np.float32], n: int, counts: list[int]) -> dict[int, tuple[float, float]]:
+    """For each count, two values of a sample that the value sought lies between in all but one of a thousand cases."""
     m = len(sample)
-    found: dict[int, tuple[float, float]] = {}
+    places: dict[int, tuple[int, int]] = {}
     for k in counts:
         share = k / n
-        spread = 5 * math.sqrt(m * share * (1 - share)) + 5
-        first, final = math.floor(share * m - spread), math.ceil(share * m + spread)
-        high = float(sample[first]) if first >= 0 else math.inf
-        low = float(sample[final]) if final < m else _LEAST
-        found[k] = (max(low, _LEAST), high)
-    return found
+        spread = 3.5 * math.sqrt(m * share * (1 - share)) + 4
+        # In ascending order: the k-th largest stands at (1 - share) m.
+        places[k] = (math.floor((1 - share) * m - spread), math.ceil((1 - share) * m + spread))
+    needed = sorted({p for pair in places.values() for p in pair if 0 <= p < m})
+    ordered = np.partition(sample, needed) if needed else sample
+    return {
+        k: (max(float(ordered[low]), _LEAST) if low >= 0 else _LEAST, float(ordered[high]) if high < m else math.inf)
+        for k, (low, high) in places.items()
+    }
 
 
 def _strided(operands: Operands, stride: int) -> Block:
@@ -241,9 +289,7 @@ def magnitude(index: int) -> Callable[[Block], torch.Tensor]:
     """The absolute task vector of one input, as a function of a block."""
 
     def of(block: Block) -> torch.Tensor:
-        if block.base is None:
-            raise TypeError("a task vector needs a base")
-        return (block.inputs[index] - block.base).abs_()
+        return block.deltas()[index].abs()
 
     return of
 
