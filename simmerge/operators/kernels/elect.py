@@ -27,8 +27,8 @@ def sce(call: KernelCall) -> Plan:
         deltas = block.deltas()
         if cut is None:
             return list(deltas)
-        size = variance(block)
-        return [cut.keep(delta, size, block.start) for delta in deltas]
+        size, kept = variance(block), cut
+        return block.latest("selected", kept, lambda: [kept.keep(d, size, block.start) for d in deltas])
 
     energy = [torch.stack([total(d.square()) for d in selected(block)]) for block in operands.blocks()]
     squares = [e / max(1, operands.numel) for e in add_up(energy)] or [0.0] * len(operands)
@@ -41,7 +41,9 @@ def sce(call: KernelCall) -> Plan:
         if block.base is None:
             raise TypeError("sce needs a base")
         deltas = selected(block)
-        summed = torch.stack(deltas).sum(0)
+        summed = deltas[0] + deltas[1] if len(deltas) > 1 else deltas[0].clone()
+        for delta in deltas[2:]:
+            summed.add_(delta)
         sign = torch.ge(summed, 0, out=torch.empty_like(summed)).mul_(2).sub_(1)
         merged, divisor, agrees = torch.zeros_like(summed), torch.zeros_like(summed), torch.empty_like(summed)
         for delta, weight in zip(deltas, weights, strict=True):
@@ -55,6 +57,10 @@ def sce(call: KernelCall) -> Plan:
 
 def variance(block: Block) -> torch.Tensor:
     """Population variance of the task vectors over the inputs, entry by entry."""
+    return block.remember("variance", lambda: _variance(block))
+
+
+def _variance(block: Block) -> torch.Tensor:
     deltas = block.deltas()
     if len(deltas) == 2:
         return (deltas[0] - deltas[1]).square_().mul_(0.25)
@@ -150,9 +156,10 @@ def importance(block: Block) -> torch.Tensor:
 
 
 def _fusion_bar(operands: Operands) -> float:
-    if not operands.numel:
+    n = operands.numel
+    if not n:
         return 0.0
-    values = np.concatenate([importance(block).reshape(-1).cpu().numpy() for block in operands.blocks("rows")])
-    places = [int(q * (len(values) - 1)) for q in (0.25, 0.5, 0.75)]
-    low, middle, high = (float(v) for v in np.partition(values, places)[places])
-    return float(np.float32(middle + 1.5 * (high - low)))
+    # In ascending order the quartile q stands at index int(q (n - 1)), so n minus that many are as large or larger.
+    counts = tuple(n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75))
+    ((low, middle, high),) = largest(operands, [Ranking("importance", importance, counts, by="rows")])
+    return float(np.float32(middle.threshold + 1.5 * (high.threshold - low.threshold)))

@@ -28,23 +28,34 @@ class Block:
         base: the base's part, where there is a base.
     """
 
-    __slots__ = ("_deltas", "base", "inputs", "start", "stop")
+    __slots__ = ("_memory", "base", "inputs", "start", "stop")
 
     def __init__(self, start: int, stop: int, inputs: tuple[torch.Tensor, ...], base: torch.Tensor | None) -> None:
         self.start = start
         self.stop = stop
         self.inputs = inputs
         self.base = base
-        self._deltas: tuple[torch.Tensor, ...] | None = None
+        self._memory: dict[object, Any] = {}
+
+    def remember(self, key: object, make: Callable[[], T]) -> T:
+        """`make()`, computed once; the blocks of small tensors are looked at twice and live as long as these."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        return cast("T", self._memory[key])
+
+    def latest(self, key: object, version: object, make: Callable[[], T]) -> T:
+        """`make()`, remembered until another version of the same thing is asked for."""
+        known = self._memory.get(key)
+        if known is None or known[0] != version:
+            known = self._memory[key] = (version, make())
+        return cast("T", known[1])
 
     def deltas(self) -> tuple[torch.Tensor, ...]:
         """Task vectors: every input minus the base; not to be written to."""
-        if self._deltas is None:
-            if self.base is None:
-                raise TypeError("this operator needs a base")
-            base = self.base
-            self._deltas = tuple(tensor - base for tensor in self.inputs)
-        return self._deltas
+        if self.base is None:
+            raise TypeError("this operator needs a base")
+        base = self.base
+        return self.remember("deltas", lambda: tuple(tensor - base for tensor in self.inputs))
 
 
 class Operands:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from simmerge.operators.kernels.operands import Block, Operands
+from simmerge.operators.kernels.operands import Block, By, Operands
 
 Float64 = npt.NDArray[np.float64]
 _RUN = 512
@@ -124,13 +124,16 @@ class Ranking:
 
     Attributes:
         key: what `values` is, to be remembered by.
-        values: a non-negative number per entry of a block by entries; must not depend on other entries.
+        values: a non-negative number per entry of a block by entries; must not depend on other entries
+            (of other rows, by rows).
         counts: how many to keep; zero and less is nothing, more than there are non-zero entries is all of them.
+        by: how `values` wants blocks to be cut; all rankings that are asked for together want the same.
     """
 
     key: object
     values: Callable[[Block], torch.Tensor]
     counts: tuple[int, ...]
+    by: By = "entries"
 
 
 def largest(operands: Operands, rankings: Sequence[Ranking]) -> list[tuple[Cut, ...]]:
@@ -146,7 +149,8 @@ def largest(operands: Operands, rankings: Sequence[Ranking]) -> list[tuple[Cut, 
         for r, cuts in zip(rankings, known, strict=True)
     ]
     asked = [index for index, (_, counts) in enumerate(wanted) if counts]
-    for index, found in zip(asked, _select(operands, [wanted[i] for i in asked]), strict=True):
+    by = rankings[0].by if rankings else "entries"
+    for index, found in zip(asked, _select(operands, [wanted[i] for i in asked], by), strict=True):
         known[index].update(found)
     return [
         tuple(NOTHING if k <= 0 else EVERYTHING if k >= operands.numel else cuts[k] for k in ranking.counts)
@@ -155,16 +159,17 @@ def largest(operands: Operands, rankings: Sequence[Ranking]) -> list[tuple[Cut, 
 
 
 def _from_memory(operands: Operands, ranking: Ranking) -> tuple[Cut, ...]:
-    ordered = operands.remember(("ordered", ranking.key), lambda: _order(operands, ranking.values), large=True)
+    ordered = operands.remember(("ordered", ranking.key), lambda: _order(operands, ranking), large=True)
     return tuple(_from_order(ordered, k) for k in ranking.counts)
 
 
 _Ordered = tuple[npt.NDArray[np.float32], npt.NDArray[np.int32] | npt.NDArray[np.int64]]
 
 
-def _order(operands: Operands, values: Callable[[Block], torch.Tensor]) -> _Ordered:
+def _order(operands: Operands, ranking: Ranking) -> _Ordered:
     """All values, largest first, and where they stand; of equal ones the lower index first."""
-    whole = np.concatenate([_numpy(values(block)) for block in operands.blocks()] or [np.empty(0, np.float32)])
+    parts = [_numpy(ranking.values(block)) for block in operands.blocks(ranking.by)]
+    whole = np.concatenate(parts or [np.empty(0, np.float32)])
     order = np.argsort(-whole, kind="stable")
     small = len(whole) < 1 << 31
     return whole[order], order.astype(np.int32) if small else order
@@ -212,9 +217,9 @@ class _Search:
         return _cut(where, what, wanted)
 
 
-def _select(operands: Operands, asked: Sequence[_Asked]) -> list[dict[int, Cut]]:
-    searches = [{k: _Search(*bracket) for k, bracket in found.items()} for found in _brackets(operands, asked)]
-    for block in operands.blocks():
+def _select(operands: Operands, asked: Sequence[_Asked], by: By) -> list[dict[int, Cut]]:
+    searches = [{k: _Search(*bracket) for k, bracket in found.items()} for found in _brackets(operands, asked, by)]
+    for block in operands.blocks(by):
         for (values, _), each in zip(asked, searches, strict=True):
             if each:
                 found = _numpy(values(block))
@@ -226,7 +231,7 @@ def _select(operands: Operands, asked: Sequence[_Asked]) -> list[dict[int, Cut]]
         for k, search in each.items():
             cut = search.cut(k)
             # The bracket missed (once in thousands): look at everything that is not zero.
-            made[k] = _cut(*_everything(operands, values), k) if cut is None else cut
+            made[k] = _cut(*_everything(operands, values, by), k) if cut is None else cut
         cuts.append(made)
     return cuts
 
@@ -235,12 +240,13 @@ _LEAST = float(np.finfo(np.float32).smallest_subnormal)
 """Low end of a bracket that leaves out nothing but zeros."""
 
 
-def _brackets(operands: Operands, asked: Sequence[_Asked]) -> list[dict[int, tuple[float, float]]]:
+def _brackets(operands: Operands, asked: Sequence[_Asked], by: By) -> list[dict[int, tuple[float, float]]]:
     n = operands.numel
     if n <= 4 * _SAMPLE:
         return [dict.fromkeys(counts, (_LEAST, math.inf)) for _, counts in asked]
-    # An odd stride meets all columns of a matrix with a power of two of them.
-    sample = _strided(operands, (n // _SAMPLE) | 1)
+    # An odd stride meets all columns of a matrix with a power of two of them. Rows are alike within themselves, so
+    # more of them are looked at; a sample that misleads costs time only.
+    sample = _strided(operands, (n // _SAMPLE) | 1, 1) if by == "entries" else _strided_rows(operands)
     return [_bracket(_numpy(values(sample)), n, counts) for values, counts in asked]
 
 
@@ -261,17 +267,26 @@ def _bracket(sample: npt.NDArray[np.float32], n: int, counts: list[int]) -> dict
     }
 
 
-def _strided(operands: Operands, stride: int) -> Block:
-    inputs = tuple(t.reshape(-1)[::stride].float() for t in operands.stored)
+def _strided(operands: Operands, stride: int, columns: int) -> Block:
+    def of(tensor: torch.Tensor) -> torch.Tensor:
+        flat = tensor.reshape(-1) if columns == 1 else tensor.reshape(-1, columns)
+        return flat[::stride].float()
+
+    inputs = tuple(of(t) for t in operands.stored)
     base = operands.stored_base
-    return Block(0, inputs[0].numel(), inputs, None if base is None else base.reshape(-1)[::stride].float())
+    return Block(0, inputs[0].numel(), inputs, None if base is None else of(base))
+
+
+def _strided_rows(operands: Operands) -> Block:
+    columns = operands.columns
+    rows = operands.numel // columns
+    return _strided(operands, max(1, rows // max(64, 8 * _SAMPLE // columns)) | 1, columns)
 
 
 def _everything(
-    operands: Operands, values: Callable[[Block], torch.Tensor]
+    operands: Operands, values: Callable[[Block], torch.Tensor], by: By
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    parts = [_numpy(values(block)) for block in operands.blocks()]
-    whole = np.concatenate(parts)
+    whole = np.concatenate([_numpy(values(block)) for block in operands.blocks(by)])
     where = np.flatnonzero(whole)
     return where, whole[where]
 
