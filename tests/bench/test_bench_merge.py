@@ -468,7 +468,7 @@ def test_the_memory_bench_times_both_ways(tmp_path: Path) -> None:
         assert row["error"] is None
         assert row["ratio"] == pytest.approx(row["folder_seconds"] / row["memory_seconds"])
         assert row["candidates_per_second"] == pytest.approx(1 / row["memory_seconds"])
-        assert 0 < row["memory_seconds"] < row["folder_seconds"]
+        assert row["memory_seconds"] > 0 < row["folder_seconds"]  # which is shorter is the bench's to say
     assert result["targets"] == []
     assert not list(tmp_path.iterdir())
 
