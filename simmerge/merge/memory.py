@@ -18,6 +18,7 @@ from simmerge.merge.engine import require_finite
 from simmerge.merge.flat import FlatLayout, Live, Sink, adopt
 from simmerge.merge.jobs import Job
 from simmerge.merge.sources import Sources
+from simmerge.merge.workers import hold_freed_memory
 from simmerge.operators import ResolvedStep, operator, resolve
 from simmerge.operators.kernels.operands import Affine, Block, KernelCall, Operands, Thinned
 from simmerge.recipe import Recipe, Slice, Stack, Step, step, steps
@@ -48,6 +49,7 @@ class MemoryMerger:
     """
 
     def __init__(self, sources: Sources, *, device: str = "cpu", sets: int = 4) -> None:
+        hold_freed_memory()
         self._sources = sources
         self._device = torch.device(device)
         self._sets = sets
