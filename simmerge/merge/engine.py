@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 
 from simmerge.errors import MergeError, UsageError
 from simmerge.merge.layout import Layout, Node
 from simmerge.operators import ResolvedStep, resolve
-from simmerge.operators.kernels.operands import Blockwise, Kernel, KernelCall, Operands, run
+from simmerge.operators.kernels.operands import Blockwise, KernelCall, Operands, run
 from simmerge.recipe import Recipe, Slice, Stack, Step
 
 Read = Callable[[str, str], torch.Tensor]
@@ -18,14 +17,6 @@ Extra = Callable[[str, str, str], torch.Tensor | None]
 """`extra(kind, checkpoint, tensor)` gives what an operator reads beside the weights, None where there is none."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@cache
-def _kernel(path: str) -> Kernel:
-    from importlib import import_module
-
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
 
 
 Settled = tuple[dict[str, float | tuple[float, ...]], dict[str, str]]
@@ -103,10 +94,6 @@ class Engine:
         """What the recipe's last step is called with for a tensor, and what its kernel makes of it."""
         return self._plan(self.recipe.root, tensor, tensor)
 
-    def kernel(self, resolved: ResolvedStep) -> Kernel:
-        """The kernel of a step's operator."""
-        return _kernel(resolved.spec.kernel)
-
     def _value(self, node: Node, tensor: str, key: str) -> torch.Tensor:
         """A node's tensor: as stored for a checkpoint, float32 for what was computed."""
         match node:
@@ -127,7 +114,7 @@ class Engine:
         numbers, options = settled or resolved.at(key, self.layout.position(node, tensor))
         operands = self.operands(node, key, self.recipe.seed, lambda: self._operands(node, resolved, tensor, key))
         call = KernelCall(operands=operands, numbers=numbers, options=options)
-        return call, self.kernel(resolved)(call)
+        return call, resolved.spec.load()(call)
 
     def _resolve(self, node: Step) -> ResolvedStep:
         if id(node) not in self._resolved:

@@ -33,7 +33,6 @@ class _Set:
 
     operands: dict[str, Operands] = field(default_factory=dict[str, Operands])
     whole: Operands | None = None
-    deltas: tuple[torch.Tensor, ...] | None = None
     votes_of: object = None
     votes: tuple[torch.Tensor, ...] = ()
 
@@ -132,9 +131,9 @@ class MemoryMerger:
         job = Job(recipe, self._sources, read=self._read, operands=self._operands, like=known)
         if key is not None:
             self._jobs[key] = job
-        return job, self._layouts.setdefault(job.kinds, FlatLayout(job.kinds)) if known is None else self._layouts[
-            job.kinds
-        ]
+        if job.kinds not in self._layouts:
+            self._layouts[job.kinds] = FlatLayout(job.kinds)
+        return job, self._layouts[job.kinds]
 
     def _merge(self, job: Job, layout: FlatLayout, live: Live) -> None:
         with torch.no_grad():
@@ -143,8 +142,8 @@ class MemoryMerger:
                 live.slots[name].copy_(job.engine.stored(name))
             self._now.clear()
             root = job.recipe.root
-            plain = isinstance(root, Step) and all(isinstance(item, str) for item in root.inputs)
-            if isinstance(root, Step) and plain and (resolved := resolve(root)).constant:
+            flat = isinstance(root, Step) and all(isinstance(item, str) for item in root.inputs)
+            if isinstance(root, Step) and flat and (resolved := resolve(root)).constant:
                 self._plain(job, root, resolved, layout, sink)
             else:
                 for part in layout.parts:
@@ -166,16 +165,13 @@ class MemoryMerger:
 
     def _by_tensor(self, job: Job, node: Step, layout: FlatLayout, sink: Sink) -> None:
         """Tensor by tensor; combinations are collected in one vector, so that what follows is done at once."""
-        prepared, whole = self._whole(node, job.recipe.seed, layout)
-        base = whole.stored_base
+        _, whole = self._whole(node, job.recipe.seed, layout)
         merged = self._scratch(layout)
         for part in layout.parts:
             call, made = job.engine.plan(part.name)
             place = merged[part.start : part.stop]
-            if isinstance(made, Affine) and (prepared.deltas is not None or not made.lifted):
-                vectors = prepared.deltas if made.lifted and prepared.deltas is not None else whole.stored
-                origin = base[part.start : part.stop] if made.lifted and base is not None else None
-                made.of([v[part.start : part.stop] for v in vectors], origin, out=place)
+            if isinstance(made, Affine):
+                _combined(made, whole, part.start, part.stop, out=place)
             elif isinstance(made, torch.Tensor):
                 place.copy_(made.reshape(-1))
             else:
@@ -217,19 +213,16 @@ class MemoryMerger:
             inputs = [self._vector(str(name), layout) for name in node.inputs]
             base = None if node.base is None else self._vector(str(node.base), layout)
             prepared.whole = Operands("", inputs, base, keep=True)
-            prepared.deltas = None if base is None else tuple(x - base for x in inputs)
         return prepared, prepared.whole
 
     def _uniform(self, job: Job, node: Step, resolved: ResolvedStep, layout: FlatLayout, sink: Sink) -> None:
         """Every tensor at once, for operators to which names and tensors mean nothing."""
-        prepared, whole = self._whole(node, job.recipe.seed, layout)
+        _, whole = self._whole(node, job.recipe.seed, layout)
         numbers, options = resolved.at("", 0.0)
-        made = job.engine.kernel(resolved)(KernelCall(operands=whole, numbers=numbers, options=options))
+        made = resolved.spec.load()(KernelCall(operands=whole, numbers=numbers, options=options))
         if isinstance(made, Affine):
-            vectors = prepared.deltas if made.lifted and prepared.deltas is not None else whole.stored
             for start, stop in layout.steps():
-                base = whole.stored_base[start:stop] if made.lifted and whole.stored_base is not None else None
-                sink.put(start, made.of([v[start:stop] for v in vectors], base))
+                sink.put(start, _combined(made, whole, start, stop))
         elif isinstance(made, torch.Tensor):
             sink.put(0, made)
         else:
@@ -269,3 +262,10 @@ class MemoryMerger:
     def _keep(votes: tuple[torch.Tensor, ...], made: list[torch.Tensor], start: int, block: Block) -> None:
         for vector, vote in zip(votes, made, strict=True):
             vector[start + block.start : start + block.stop].copy_(vote.reshape(-1))
+
+
+def _combined(made: Affine, whole: Operands, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """A combination over a range of all tensors as one; of the task vectors, which are kept, where it is lifted."""
+    vectors = whole.deltas() if made.lifted else whole.stored
+    base = whole.float_base() if made.lifted else None
+    return made.of([v[start:stop] for v in vectors], None if base is None else base[start:stop], out=out)

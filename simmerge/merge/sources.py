@@ -48,6 +48,7 @@ class Sources:
         self.vocabulary: VocabularyPlan | None = None
         self.host: str | None = None
         self.tower: Mapping[str, str] = {}
+        self._tower: Checkpoint | None = None
 
     @property
     def digests(self) -> dict[str, str]:
@@ -91,12 +92,11 @@ class Sources:
             )
         self.host = host
         self.tower = tower_names(self[host].checkpoint, self[models[0]].checkpoint, vocabulary=vocabulary)
-        self._model = self[models[0]].checkpoint
+        self._tower = tower(self[host].checkpoint, self.tower, self[models[0]].checkpoint)
 
     def view(self, name: str) -> Checkpoint:
         """A checkpoint as the merge sees it: of the host, its language model."""
-        checkpoint = self[name].checkpoint
-        return tower(checkpoint, self.tower, self._model) if name == self.host else checkpoint
+        return self._tower if name == self.host and self._tower is not None else self[name].checkpoint
 
     def __enter__(self) -> "Sources":
         return self

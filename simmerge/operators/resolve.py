@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from simmerge.errors import RangeError, RecipeError, UnknownNameError
-from simmerge.operators.spec import Coefficient, OperatorSpec, Option
+from simmerge.operators.spec import Coefficient, OperatorSpec, Option, divisor
 from simmerge.operators.table import operator
 from simmerge.recipe import Filtered, Gradient, Input, Node, Recipe, Setting, Slice, Stack, Step, Value, step, steps
 
@@ -288,8 +288,7 @@ def shares(step: Node) -> tuple[float, ...]:
     lam = numbers.get("lambda", 1.0)
     factor = float(lam) if not isinstance(lam, tuple) else 1.0
     if options.get("normalize", "true") == "true":
-        total = math.fsum(weights)
-        factor /= total if abs(total) >= 1e-8 else 1.0
+        factor /= divisor(weights)
     return tuple(factor * w for w in weights)
 
 

@@ -8,6 +8,7 @@ merge runs.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -103,8 +104,7 @@ class OperatorSpec:
 
     def load(self) -> "Kernel":
         """Import the kernel; the only place where an operator pulls in torch."""
-        module, _, name = self.kernel.partition(":")
-        return getattr(import_module(module), name)
+        return _imported(self.kernel)
 
     def coefficient(self, name: str) -> Coefficient | None:
         """The coefficient of that name, or None."""
@@ -113,6 +113,18 @@ class OperatorSpec:
     def option(self, name: str) -> Option | None:
         """The option of that name, or None."""
         return next((o for o in self.options if o.name == name), None)
+
+
+@cache
+def _imported(path: str) -> "Kernel":
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def divisor(weights: tuple[float, ...]) -> float:
+    """What mergekit divides weighted task vectors by: the weights' sum, 1 where that is below 1e-8 in size."""
+    total = math.fsum(weights)
+    return total if abs(total) >= 1e-8 else 1.0
 
 
 def normalised(weights: tuple[float, ...]) -> tuple[float, ...]:

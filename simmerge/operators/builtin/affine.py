@@ -24,7 +24,7 @@ LINEAR = OperatorSpec(
     linear=True,
     uniform=True,
     coefficients=(weight((0.3, 0.5, 0.7)),),
-    options=(Option(name="normalize", choices=TRUE_FALSE, help="divide by the sum of the weights"),),
+    options=(normalize(TRUE_FALSE, help="divide by the sum of the weights"),),
 )
 PASSTHROUGH = OperatorSpec(
     name="passthrough",

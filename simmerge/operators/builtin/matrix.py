@@ -2,21 +2,11 @@
 
 from types import MappingProxyType
 
-from simmerge.operators.builtin.shared import KERNELS
+from simmerge.operators.builtin.shared import KERNELS, lam, normalize, weight
 from simmerge.operators.spec import Coefficient, OperatorSpec, Option
 
-_NORMALIZE = Option(name="normalize", choices=("false", "true"), help="divide the weights by their sum")
-
-
-def _weight(help_: str) -> Coefficient:
-    return Coefficient(name="weight", low=0.0, high=2.0, default=1.0, per_input=True, help=help_)
-
-
-def _lambda(levels: tuple[float, ...]) -> Coefficient:
-    return Coefficient(
-        name="lambda", low=0.0, high=3.0, default=1.0, levels=levels, help="scale of the merged task vector"
-    )
-
+_NORMALIZE = normalize(help="divide the weights by their sum")
+_SHARE = weight(low=0.0)
 
 TSV = OperatorSpec(
     name="tsv",
@@ -26,12 +16,12 @@ TSV = OperatorSpec(
     min_inputs=1,
     needs_base=True,
     coefficients=(
-        _weight("factor of each input's singular values"),
+        weight(low=0.0, help="factor of each input's singular values"),
         Coefficient(
             name="rank", low=0.0, high=1.0, default=0.0,
             help="share of singular vectors kept of each input; 0 is one over the number of inputs",
         ),
-        _lambda((0.7, 1.0, 1.3)),
+        lam((0.7, 1.0, 1.3)),
     ),
     options=(_NORMALIZE,),
     traits=MappingProxyType({"spectral": 1.0}),
@@ -44,12 +34,12 @@ ISOTROPIC = OperatorSpec(
     min_inputs=1,
     needs_base=True,
     coefficients=(
-        _weight("share of each input"),
+        _SHARE,
         Coefficient(
             name="common_share", low=0.0, high=1.0, default=0.8,
             help="variant common_and_task: share of directions taken from the sum",
         ),
-        _lambda((0.7, 1.0, 1.3)),
+        lam((0.7, 1.0, 1.3)),
     ),
     options=(
         Option(
@@ -68,7 +58,7 @@ REGMEAN = OperatorSpec(
     min_inputs=1,
     needs="gram",
     coefficients=(
-        _weight("share of each input"),
+        _SHARE,
         Coefficient(
             name="alpha", low=0.0, high=1.0, default=0.9, levels=(0.5, 0.9),
             help="factor of the Gram matrices' entries off the diagonal",
@@ -83,7 +73,7 @@ FISHER = OperatorSpec(
     min_inputs=1,
     needs="fisher",
     coefficients=(
-        _weight("share of each input"),
+        _SHARE,
         Coefficient(
             name="floor", low=1e-12, high=1.0, default=1e-6, scale="log", levels=(1e-6, 1e-2),
             help="least Fisher information, relative to the tensor's mean",
@@ -98,13 +88,13 @@ CONSENSUS_TA = OperatorSpec(
     needs_base=True,
     uniform=True,
     coefficients=(
-        _weight("share of each input"),
+        _SHARE,
         Coefficient(
             name="tall", low=0.0, high=2.0, default=0.4, per_input=True,
             help="an input needs an entry that is at least this much of the others' there; 0.2 to 0.6 in the paper",
         ),
         Coefficient(name="least", low=1.0, high=64.0, default=2.0, help="inputs that must need an entry to keep it"),
-        _lambda((0.4, 0.7, 1.0)),
+        lam((0.4, 0.7, 1.0)),
     ),
     options=(_NORMALIZE,),
     traits=MappingProxyType({"sparsifies": 1.0}),
@@ -116,7 +106,7 @@ EMR = OperatorSpec(
     kernel=f"{KERNELS}.consensus:emr",
     min_inputs=1,
     needs_base=True,
-    coefficients=(_lambda((0.4, 0.7, 1.0)),),
+    coefficients=(lam((0.4, 0.7, 1.0)),),
     traits=MappingProxyType({"elects_signs": 1.0, "by_magnitude": 1.0}),
 )
 

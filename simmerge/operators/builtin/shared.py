@@ -9,11 +9,9 @@ LATE = ("weight", "lambda", "normalize", "vote")
 """What enters operators on thinned task vectors only when these are combined."""
 
 
-def weight(levels: tuple[float, ...] = ()) -> Coefficient:
-    """Share of each input."""
-    return Coefficient(
-        name="weight", low=-2.0, high=2.0, default=1.0, per_input=True, levels=levels, help="share of each input"
-    )
+def weight(levels: tuple[float, ...] = (), *, low: float = -2.0, help: str = "share of each input") -> Coefficient:
+    """What each input counts; not below zero where an operator cannot subtract."""
+    return Coefficient(name="weight", low=low, high=2.0, default=1.0, per_input=True, levels=levels, help=help)
 
 
 def lam(levels: tuple[float, ...] = ()) -> Coefficient:
@@ -31,9 +29,11 @@ def density(default: float, levels: tuple[float, ...] = ()) -> Coefficient:
     )  # fmt: skip
 
 
-def normalize(choices: tuple[str, str] = FALSE_TRUE) -> Option:
+def normalize(
+    choices: tuple[str, str] = FALSE_TRUE, *, help: str = "divide by the sum of the weights (that take part)"
+) -> Option:
     """Whether the sum is divided by the weights; the first choice is the default."""
-    return Option(name="normalize", choices=choices, help="divide by the sum of the weights (that take part)")
+    return Option(name="normalize", choices=choices, help=help)
 
 
 def vote() -> Option:

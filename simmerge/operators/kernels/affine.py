@@ -14,7 +14,7 @@ import torch
 from simmerge.errors import MergeError
 from simmerge.operators.kernels.operands import Affine, Block, KernelCall, Operands, Plan
 from simmerge.operators.kernels.statistics import Float64, gram
-from simmerge.operators.spec import normalised
+from simmerge.operators.spec import divisor, normalised
 
 
 def linear(call: KernelCall) -> Affine:
@@ -27,8 +27,8 @@ def task_arithmetic(call: KernelCall) -> Affine:
     """`base + lambda * sum_i w_i (x_i - base)` (Ilharco et al. 2023); `normalize` divides by the weights' sum."""
     weights = call.per_input("weight")
     if call.chosen("normalize"):
-        whole = math.fsum(weights)
-        weights = tuple(w / whole for w in weights) if abs(whole) >= 1e-8 else weights
+        whole = divisor(weights)
+        weights = tuple(w / whole for w in weights)
     return Affine(tuple(call.number("lambda") * w for w in weights), lifted=True)
 
 
@@ -263,7 +263,5 @@ def _stock_rows(block: Block, floor: float) -> torch.Tensor:
     denominator = 1 + (count - 1) * cosine
     singular = denominator.abs() < 1e-6
     t = torch.where(singular, 0.0, count * cosine / torch.where(singular, 1.0, denominator))
-    if block.base is None:
-        raise TypeError("model_stock needs a base")
     mean = torch.stack(deltas).sum(0) / count
-    return block.base + t.float() * mean
+    return block.origin() + t.float() * mean

@@ -7,6 +7,7 @@ import torch
 
 from simmerge.operators.kernels.operands import Block, KernelCall, Operands, Plan
 from simmerge.operators.kernels.statistics import absolute_sum, add_up
+from simmerge.operators.spec import divisor
 
 
 def consensus_ta(call: KernelCall) -> Plan:
@@ -24,8 +25,8 @@ def consensus_ta(call: KernelCall) -> Plan:
             the weights by their sum).
     """
     weights = call.per_input("weight")
-    whole = math.fsum(weights)
-    if call.chosen("normalize") and abs(whole) >= 1e-8:
+    if call.chosen("normalize"):
+        whole = divisor(weights)
         weights = tuple(w / whole for w in weights)
     walls, least, lam = call.per_input("tall"), call.number("least"), call.number("lambda")
 
@@ -37,7 +38,7 @@ def consensus_ta(call: KernelCall) -> Plan:
         votes = torch.zeros_like(summed)
         for delta, wall in zip(deltas, walls, strict=True):
             votes.add_(delta.abs() >= (summed - delta).abs_().mul_(wall))
-        return _base(block).add(summed.mul_(votes >= least), alpha=lam)
+        return block.origin().add(summed.mul_(votes >= least), alpha=lam)
 
     return Plan(apply)
 
@@ -58,15 +59,9 @@ def emr(call: KernelCall) -> Plan:
     factor = call.number("lambda") * _rescaler(call.operands)
 
     def apply(block: Block) -> torch.Tensor:
-        return _base(block).add(_elected(block.deltas()), alpha=factor)
+        return block.origin().add(_elected(block.deltas()), alpha=factor)
 
     return Plan(apply)
-
-
-def _base(block: Block) -> torch.Tensor:
-    if block.base is None:
-        raise TypeError("this operator needs a base")
-    return block.base
 
 
 def _elected(deltas: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -9,6 +9,14 @@ from simmerge.operators.kernels.operands import Block, KernelCall, Operands, Pla
 from simmerge.operators.kernels.statistics import Ranking, add_up, largest, total
 
 
+def signs(total: torch.Tensor) -> torch.Tensor:
+    """+1 where a sum of votes is zero or more, -1 elsewhere; in its dtype.
+
+    Elections multiply by these: torch's operations on booleans are several times slower.
+    """
+    return torch.ge(total, 0, out=torch.empty_like(total)).mul_(2).sub_(1)
+
+
 def sce(call: KernelCall) -> Plan:
     """Select the positions where the task vectors differ most, weigh the inputs by energy, erase minorities.
 
@@ -38,19 +46,17 @@ def sce(call: KernelCall) -> Plan:
     weights = [1 / len(squares) if equal else s / whole for s in squares]
 
     def apply(block: Block) -> torch.Tensor:
-        if block.base is None:
-            raise TypeError("sce needs a base")
         deltas = selected(block)
         summed = deltas[0] + deltas[1] if len(deltas) > 1 else deltas[0].clone()
         for delta in deltas[2:]:
             summed.add_(delta)
-        sign = torch.ge(summed, 0, out=torch.empty_like(summed)).mul_(2).sub_(1)
+        sign = signs(summed)
         merged, divisor, agrees = torch.zeros_like(summed), torch.zeros_like(summed), torch.empty_like(summed)
         for delta, weight in zip(deltas, weights, strict=True):
             part = (delta * sign).clamp_min_(0)
             divisor.add_(torch.gt(part, 0, out=agrees), alpha=weight)
             merged.add_(part, alpha=weight)
-        return merged.div_(divisor.clamp_min_(1e-6)).mul_(sign).add_(block.base)
+        return merged.div_(divisor.clamp_min_(1e-6)).mul_(sign).add_(block.origin())
 
     return Plan(apply)
 
@@ -102,15 +108,13 @@ def _ram(call: KernelCall, factors: tuple[float, ...]) -> Plan:
     epsilon = call.number("epsilon")
 
     def apply(block: Block) -> torch.Tensor:
-        if block.base is None:
-            raise TypeError("ram needs a base")
         kept = [torch.nn.functional.hardshrink(d, epsilon) for d in block.deltas()]
-        count, active = torch.zeros_like(block.base), torch.empty_like(block.base)
+        count, active = torch.zeros_like(block.origin()), torch.empty_like(block.origin())
         for delta in kept:
             count.add_(torch.ne(delta, 0, out=active))
         alone = torch.eq(count, 1, out=active)
         count.clamp_min_(1)
-        result = block.base.clone()
+        result = block.origin().clone()
         for delta, factor in zip(kept, factors, strict=True):
             result.add_(delta / count if factor == 1 else delta / count * (1 + (factor - 1) * alone))
         return result

@@ -52,10 +52,13 @@ class Block:
 
     def deltas(self) -> tuple[torch.Tensor, ...]:
         """Task vectors: every input minus the base; not to be written to."""
+        return self.remember("deltas", lambda: tuple(tensor - self.origin() for tensor in self.inputs))
+
+    def origin(self) -> torch.Tensor:
+        """The base's part; TypeError where there is none."""
         if self.base is None:
             raise TypeError("this operator needs a base")
-        base = self.base
-        return self.remember("deltas", lambda: tuple(tensor - base for tensor in self.inputs))
+        return self.base
 
 
 class Operands:
@@ -133,6 +136,13 @@ class Operands:
         """The base whole, in float32."""
         base = self.stored_base
         return None if base is None else self.remember("float base", lambda: base.float(), large=True)
+
+    def deltas(self) -> tuple[torch.Tensor, ...]:
+        """Task vectors whole: every input minus the base."""
+        base = self.float_base()
+        if base is None:
+            raise TypeError(f"tensor '{self.tensor}': this operator needs a base")
+        return self.remember("deltas", lambda: tuple(tensor - base for tensor in self.floats()), large=True)
 
     def blocks(self, by: By = "entries") -> Iterator[Block]:
         """All blocks in order.
@@ -263,9 +273,7 @@ class Thinned:
 
     def apply(self, block: Block) -> torch.Tensor:
         """The merged block."""
-        if block.base is None:
-            raise TypeError("this operator needs a base")
-        return self.combine(self.votes(block), block.base)
+        return self.combine(self.votes(block), block.origin())
 
 
 Thin = Callable[[torch.Tensor, Block], torch.Tensor]
@@ -319,10 +327,7 @@ class KernelCall:
 
     def deltas(self) -> tuple[torch.Tensor, ...]:
         """Task vectors whole: every input minus the base."""
-        if self.base is None:
-            raise TypeError(f"tensor '{self.tensor}': this operator needs a base")
-        base = self.base
-        return tuple(tensor - base for tensor in self.inputs)
+        return self.operands.deltas()
 
 
 Kernel = Callable[[KernelCall], "Blockwise | torch.Tensor"]

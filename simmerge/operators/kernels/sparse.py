@@ -4,7 +4,6 @@ TIES, DARE, DELLA and Breadcrumbs are one operator: a way to thin out each task 
 a sum or an election.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +12,11 @@ import numpy.typing as npt
 import torch
 
 from simmerge.errors import RangeError
+from simmerge.operators.kernels.elect import signs
 from simmerge.operators.kernels.operands import Affine, Block, By, KernelCall, Operands, Thin, Thinned
 from simmerge.operators.kernels.random import fine_draws, kept, masked
 from simmerge.operators.kernels.statistics import Cut, Ranking, absolute_sum, add_up, largest, magnitude
+from simmerge.operators.spec import divisor
 
 
 def elect(votes: Sequence[torch.Tensor], weights: Sequence[float], *, weighted: bool, normalize: bool) -> torch.Tensor:
@@ -33,8 +34,7 @@ def elect(votes: Sequence[torch.Tensor], weights: Sequence[float], *, weighted: 
     whole = cast[0] if len(cast) == 1 else cast[0] + cast[1]
     for vote in cast[2:]:
         whole = whole.add_(vote)
-    # Arithmetic on signs of +1 and -1: torch's operations on booleans are several times slower.
-    sign = torch.ge(whole, 0, out=torch.empty_like(whole)).mul_(2).sub_(1)
+    sign = signs(whole)
     merged, divisor, agrees = None, None, torch.empty_like(whole)
     for vote, weight in zip(cast, weights, strict=True):
         part = (vote * sign).clamp_min_(0)
@@ -79,8 +79,7 @@ class Combination:
         if self.election:
             merged = elect(votes, self.weights, weighted=self.weighted, normalize=self.normalize)
             return torch.add(base, merged, alpha=self.lam, out=merged)
-        whole = math.fsum(self.weights)
-        scale = self.lam / whole if self.normalize and abs(whole) >= 1e-8 else self.lam
+        scale = self.lam / divisor(self.weights) if self.normalize else self.lam
         return Affine(tuple(scale * w for w in self.weights), lifted=True).of(votes, base)
 
 
@@ -244,45 +243,49 @@ def _ranked(operands: Operands, index: int, density: float, epsilon: float, twic
         return lambda delta, _block: torch.zeros_like(delta)
 
     def make(delta: torch.Tensor, block: Block) -> npt.NDArray[np.bool_]:
-        draws = fine_draws(operands, index, block.start, block.stop).reshape(delta.shape)
-        if not operands.keep or epsilon == 0 or delta.shape[1] == 1:
-            return rank_mask(delta.abs(), draws, density, epsilon)
-        ranks = operands.remember(("ranks", index, block.start), lambda: row_ranks(delta.abs()), large=True)
-        return ranks.cpu().numpy() >= _needed(draws, delta.shape[1], density, epsilon)
+        if operands.keep:  # ranks cost more than one mask does, and pay where they are kept
+            return ranked_mask(ranks(delta, block), draws(delta, block), density, epsilon)
+        return rank_mask(delta.abs(), draws(delta, block), density, epsilon)
+
+    def draws(delta: torch.Tensor, block: Block) -> npt.NDArray[np.float32]:
+        return fine_draws(operands, index, block.start, block.stop).reshape(delta.shape)
+
+    def ranks(delta: torch.Tensor, block: Block) -> torch.Tensor:
+        return operands.remember(("ranks", index, block.start), lambda: row_ranks(delta.abs()), large=True)
 
     if not inverse:
         return _Masks(make, twice=twice)
 
     def scaled(delta: torch.Tensor, block: Block) -> torch.Tensor:
-        mask = torch.as_tensor(make(delta, block)).to(delta.device)
-        chance = _chances(operands, index, delta, block, density, epsilon)
-        return torch.where(mask, delta / chance, 0.0)
+        found = ranks(delta, block)
+        mask = torch.as_tensor(ranked_mask(found, draws(delta, block), density, epsilon)).to(delta.device)
+        return torch.where(mask, delta / probabilities(found, density, epsilon), 0.0)
 
     return scaled
 
 
-def _chances(
-    operands: Operands, index: int, delta: torch.Tensor, block: Block, density: float, epsilon: float
-) -> torch.Tensor:
-    n = delta.shape[1]
-    if not operands.keep or n == 1:
-        return probabilities(delta.abs(), density, epsilon)
-    ranks = operands.remember(("ranks", index, block.start), lambda: row_ranks(delta.abs()), large=True)
-    return (ranks * (2 * epsilon / (n - 1))).add_(density - epsilon)
-
-
-def probabilities(size: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
+def probabilities(ranks: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
     """Each entry's chance to stay, by its rank in its row: from density - epsilon (smallest) to density + epsilon.
 
     Args:
-        size: magnitudes, `[rows, n]`; of equal ones the entry of lower index ranks lower.
-        density: mean chance.
+        ranks: from 0, `[rows, n]` (see `row_ranks`).
+        density: mean chance, and that of a row of one entry.
         epsilon: how far the chance goes up and down from it.
     """
-    n = size.shape[1]
+    n = ranks.shape[1]
     if n == 1:
-        return torch.full_like(size, density)
-    return row_ranks(size).mul_(2 * epsilon / (n - 1)).add_(density - epsilon)
+        return torch.full_like(ranks, density)
+    return (ranks * (2 * epsilon / (n - 1))).add_(density - epsilon)
+
+
+def ranked_mask(
+    ranks: torch.Tensor, draws: npt.NDArray[np.float32], density: float, epsilon: float
+) -> npt.NDArray[np.bool_]:
+    """What `rank_mask` gives, where the ranks are known."""
+    n = ranks.shape[1]
+    if n == 1 or epsilon == 0:
+        return draws < np.float32(density)
+    return ranks.cpu().numpy() >= _needed(draws, n, density, epsilon)
 
 
 def row_ranks(size: torch.Tensor) -> torch.Tensor:
