@@ -116,6 +116,11 @@ class Engine:
         call = KernelCall(operands=operands, numbers=numbers, options=options)
         return call, resolved.spec.load()(call)
 
+    def keys(self, node: Step) -> tuple[str, ...]:
+        """Stable keys of a step's inputs, one each."""
+        self._resolve(node)
+        return self._keys[id(node)]
+
     def _resolve(self, node: Step) -> ResolvedStep:
         if id(node) not in self._resolved:
             resolved = self._resolved[id(node)] = resolve(node)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from simmerge.errors import UsageError
@@ -18,23 +19,24 @@ from simmerge.merge.engine import require_finite
 from simmerge.merge.flat import FlatLayout, Live, Sink, adopt
 from simmerge.merge.jobs import Job
 from simmerge.merge.sources import Sources
-from simmerge.merge.workers import hold_freed_memory
+from simmerge.merge.workers import hold_freed_memory, spread
 from simmerge.operators import ResolvedStep, operator, resolve
-from simmerge.operators.kernels.operands import Affine, Block, KernelCall, Operands, Thinned
+from simmerge.operators.kernels.flat import Batched, Flat, Int64
+from simmerge.operators.kernels.operands import Affine, Blockwise, KernelCall, Operands
 from simmerge.recipe import Recipe, Slice, Stack, Step, step, steps
 
+_SHARED = 1 << 18
+"""Entries from which a pass is shared among threads."""
 _WIDENED = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes whose values float32 holds exactly."""
 
 
 @dataclass(slots=True)
 class _Set:
-    """What is prepared for one set of inputs: operands by tensor, and the last thinned task vectors."""
+    """What is prepared for one set of inputs: operands by tensor, and of all tensors as one."""
 
     operands: dict[str, Operands] = field(default_factory=dict[str, Operands])
-    whole: Operands | None = None
-    votes_of: object = None
-    votes: tuple[torch.Tensor, ...] = ()
+    whole: Flat | None = None
 
 
 class MemoryMerger:
@@ -156,16 +158,50 @@ class MemoryMerger:
 
     def _plain(self, job: Job, node: Step, resolved: ResolvedStep, layout: FlatLayout, sink: Sink) -> None:
         """One step over checkpoints with the same coefficients everywhere: as few passes as its operator allows."""
-        if resolved.spec.uniform:
-            self._uniform(job, node, resolved, layout, sink)
-        elif resolved.spec.late:
-            self._thinned(job, node, resolved, layout, sink)
-        else:
+        made = self._at_once(job, node, resolved, layout)
+        if made is None:
             self._by_tensor(job, node, layout, sink)
+            return
+        whole = self._whole(job, node, layout)
+        if isinstance(made, Batched):
+            self._shared(made, whole, layout, sink)
+        elif isinstance(made, Affine):
+            for start, stop in layout.steps():
+                sink.put(start, _combined(made, whole, start, stop))
+        elif isinstance(made, torch.Tensor):
+            sink.put(0, made)
+        else:
+            for block in whole.blocks():
+                sink.put(block.start, made.apply(block))
+
+    def _shared(self, made: Batched, whole: Flat, layout: FlatLayout, sink: Sink) -> None:
+        """All tensors in compiled passes, by as many threads as torch has."""
+        merged = self._scratch(layout)
+        shares = whole.shares(torch.get_num_threads() if whole.numel >= _SHARED else 1)
+
+        def work(segments: Int64) -> None:
+            made.whole(segments, merged)
+            start, stop = int(segments[0, 0]), int(segments[-1, 1])
+            sink.put(start, merged[start:stop])
+
+        spread(work, shares)
+
+    def _at_once(
+        self, job: Job, node: Step, resolved: ResolvedStep, layout: FlatLayout
+    ) -> Batched | Blockwise | torch.Tensor | None:
+        """What an operator makes of all tensors at once, None where it goes tensor by tensor."""
+        spec = resolved.spec
+        # Compiled passes are for the processor.
+        if not (spec.uniform or (spec.batched and self._device.type == "cpu")):
+            return None
+        numbers, options = resolved.at("", 0.0)
+        whole = self._whole(job, node, layout)
+        made = spec.load()(KernelCall(operands=whole, numbers=numbers, options=options))
+        return made if spec.uniform or isinstance(made, Batched) else None
 
     def _by_tensor(self, job: Job, node: Step, layout: FlatLayout, sink: Sink) -> None:
         """Tensor by tensor; combinations are collected in one vector, so that what follows is done at once."""
-        _, whole = self._whole(node, job.recipe.seed, layout)
+        whole = self._whole(job, node, layout)
         merged = self._scratch(layout)
         for part in layout.parts:
             call, made = job.engine.plan(part.name)
@@ -206,65 +242,24 @@ class MemoryMerger:
             prepared[tensor].keep = True
         return prepared[tensor]
 
-    def _whole(self, node: Step, seed: int, layout: FlatLayout) -> tuple[_Set, Operands]:
+    def _whole(self, job: Job, node: Step, layout: FlatLayout) -> Flat:
         """The operands of all tensors as one."""
-        prepared = self._set(node, seed)
+        prepared = self._set(node, job.recipe.seed)
         if prepared.whole is None:
-            inputs = [self._vector(str(name), layout) for name in node.inputs]
-            base = None if node.base is None else self._vector(str(node.base), layout)
-            prepared.whole = Operands("", inputs, base, keep=True)
-        return prepared, prepared.whole
-
-    def _uniform(self, job: Job, node: Step, resolved: ResolvedStep, layout: FlatLayout, sink: Sink) -> None:
-        """Every tensor at once, for operators to which names and tensors mean nothing."""
-        _, whole = self._whole(node, job.recipe.seed, layout)
-        numbers, options = resolved.at("", 0.0)
-        made = resolved.spec.load()(KernelCall(operands=whole, numbers=numbers, options=options))
-        if isinstance(made, Affine):
-            for start, stop in layout.steps():
-                sink.put(start, _combined(made, whole, start, stop))
-        elif isinstance(made, torch.Tensor):
-            sink.put(0, made)
-        else:
-            for block in whole.blocks():
-                sink.put(block.start, made.apply(block))
-
-    def _thinned(self, job: Job, node: Step, resolved: ResolvedStep, layout: FlatLayout, sink: Sink) -> None:
-        """Thinned task vectors, made again only where what thins them has changed; then one pass over all."""
-        prepared, whole = self._whole(node, job.recipe.seed, layout)
-        late = resolved.spec.late
-        key = (
-            resolved.spec.name,
-            tuple((n, v) for n, v in resolved.numbers.items() if n not in late),
-            tuple((n, v) for n, v in resolved.options.items() if n not in late),
-        )
-        # Numbers that are combined late are the same for every tensor: the smallest one tells them soonest.
-        smallest = min(layout.parts, key=lambda p: p.stop - p.start)
-        if key != prepared.votes_of:
-            prepared.votes_of = None
-            if not prepared.votes:
-                prepared.votes = tuple(torch.zeros_like(v) for v in whole.stored)
-            for part in layout.parts:
-                call, made = job.engine.plan(part.name)
-                if not isinstance(made, Thinned):
-                    raise TypeError(f"operator '{node.operator}' declares late coefficients but thins nothing")
-                for block in call.operands.blocks(made.by):
-                    self._keep(prepared.votes, made.votes(block), part.start, block)
-            prepared.votes_of = key
-        _, made = job.engine.plan(smallest.name)
-        if not isinstance(made, Thinned) or whole.stored_base is None:
-            raise TypeError(f"operator '{node.operator}' declares late coefficients but thins nothing")
-        for start, stop in layout.steps():
-            base = whole.stored_base[start:stop]
-            sink.put(start, made.combine([v[start:stop] for v in prepared.votes], base))
-
-    @staticmethod
-    def _keep(votes: tuple[torch.Tensor, ...], made: list[torch.Tensor], start: int, block: Block) -> None:
-        for vector, vote in zip(votes, made, strict=True):
-            vector[start + block.start : start + block.stop].copy_(vote.reshape(-1))
+            parts = layout.parts
+            prepared.whole = Flat(
+                [p.name for p in parts],
+                np.array([(p.start, p.stop) for p in parts], dtype=np.int64).reshape(-1, 2),
+                np.array([p.shape[-1] if p.shape else 1 for p in parts], dtype=np.int64),
+                [self._vector(str(name), layout) for name in node.inputs],
+                None if node.base is None else self._vector(str(node.base), layout),
+                keys=job.engine.keys(node),
+                seed=job.recipe.seed,
+            )
+        return prepared.whole
 
 
-def _combined(made: Affine, whole: Operands, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+def _combined(made: Affine, whole: Flat, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """A combination over a range of all tensors as one; of the task vectors, which are kept, where it is lifted."""
     vectors = whole.deltas() if made.lifted else whole.stored
     base = whole.float_base() if made.lifted else None

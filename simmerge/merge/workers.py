@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from typing import TypeVar
@@ -41,6 +41,27 @@ def each(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R
         pool.shutdown(wait=True, cancel_futures=True)
         # A worker's setting reaches libraries that count threads for the whole process.
         torch.set_num_threads(before)
+
+
+def spread(work: Callable[[T], object], shares: Sequence[T]) -> None:
+    """`work` on every share at once, the first of them by this thread; raises the first error.
+
+    For passes of a millisecond: threads are kept, and no thread's settings are touched.
+
+    Args:
+        work: releases the interpreter's lock, and calls nothing that has threads of its own.
+        shares: one for each thread.
+    """
+    running = [_helpers().submit(work, share) for share in shares[1:]]
+    for share in shares[:1]:
+        work(share)
+    for future in running:
+        future.result()
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(default_workers(), thread_name_prefix="share")
 
 
 @cache

@@ -73,8 +73,7 @@ class OperatorSpec:
         linear: whether the result is an affine combination of inputs and base, the same for all tensors.
         uniform: whether an entry of the result depends on the same entry of inputs and base alone, and on no
             name, so that many tensors may be merged as one.
-        late: coefficients and options that only enter when thinned task vectors are combined (`Thinned.combine`);
-            for other values of these alone nothing is thinned again.
+        batched: whether the kernel merges all tensors of a `simmerge.operators.kernels.flat.Flat` in one call.
         coefficients: numbers it takes.
         options: variants it has.
         peer_defaults: values that mergekit takes where its YAML says nothing, where they differ from ours; reading
@@ -96,7 +95,7 @@ class OperatorSpec:
     random: bool = False
     linear: bool = False
     uniform: bool = False
-    late: tuple[str, ...] = ()
+    batched: bool = False
     coefficients: tuple[Coefficient, ...] = ()
     options: tuple[Option, ...] = ()
     peer_defaults: Mapping[str, float | str] = field(default_factory=lambda: MappingProxyType({}))

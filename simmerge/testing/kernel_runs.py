@@ -75,6 +75,21 @@ def kernel_call(name: str, things: Operands, values: Mapping[str, Value] | None 
     return KernelCall(operands=things, numbers=numbers, options=options)
 
 
+def known(name: str, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Those of some settings that an operator declares."""
+    spec = operator(name)
+    names = {c.name for c in spec.coefficients} | {o.name for o in spec.options}
+    return {key: value for key, value in values.items() if key in names}
+
+
+def lively(name: str, count: int) -> dict[str, Value]:
+    """Settings at which every part of the operator is at work."""
+    weights = (0.5, 0.9, 0.7)[:count]
+    chosen: dict[str, Value] = {"weight": weights, "density": 0.6, "lambda": 0.7, "select_topk": 0.5, "t": 0.3}
+    chosen |= {"gamma": 0.05, "epsilon": 0.1, "scale": 1.5, "r": 0.5, "alpha": 0.8 if name == "regmean" else 0.5}
+    return known(name, chosen)
+
+
 def merge(name: str, things: Operands, values: Mapping[str, Value] | None = None) -> torch.Tensor:
     """The whole result of an operator, float32."""
     return run(operator(name).load(), kernel_call(name, things, values))

@@ -4,7 +4,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +14,7 @@ from simmerge.operators import OPERATORS, operator
 from simmerge.operators.kernels.operands import BLOCK
 from simmerge.operators.kernels.random import draws, fine_draws, kept
 from simmerge.recipe import Value
-from simmerge.testing.kernel_runs import family, merge, operands
+from simmerge.testing.kernel_runs import family, known, lively, merge, operands
 
 NAMES = tuple(OPERATORS)
 NOT_IDENTITY = {
@@ -37,12 +36,6 @@ def inputs_of(name: str) -> int:
     return min(3, operator(name).max_inputs or 3)
 
 
-def known(name: str, values: Mapping[str, Value]) -> dict[str, Value]:
-    spec = operator(name)
-    names = {c.name for c in spec.coefficients} | {o.name for o in spec.options}
-    return {key: value for key, value in values.items() if key in names}
-
-
 def neutral(name: str) -> dict[str, Value]:
     """Settings at which nothing is thinned, scaled or left out."""
     spec = operator(name)
@@ -54,14 +47,6 @@ def neutral(name: str) -> dict[str, Value]:
     if spec.coefficient("rank") is not None:
         values["rank"] = 1.0
     return values
-
-
-def lively(name: str, count: int) -> dict[str, Value]:
-    """Settings at which every part of the operator is at work."""
-    weights = (0.5, 0.9, 0.7)[:count]
-    chosen: dict[str, Value] = {"weight": weights, "density": 0.6, "lambda": 0.7, "select_topk": 0.5, "t": 0.3}
-    chosen |= {"gamma": 0.05, "epsilon": 0.1, "scale": 1.5, "r": 0.5, "alpha": 0.8 if name == "regmean" else 0.5}
-    return known(name, chosen)
 
 
 def off(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -196,7 +196,7 @@ def test_formula_is_blind_to_nothing_that_its_operator_declares(name: str) -> No
         base, inputs = base / 4096, tuple(x / 4096 for x in inputs)
     reference = expected(name, operands(name, inputs, base), values)
     changes: dict[str, Value] = {c.name: (c.low + c.high) / 3 for c in spec.coefficients}
-    changes |= {"threshold": 0.5, "eps": 1e-3, "max_iter": 1.0, "tol": 0.1, "density": 0.7, "epsilon": 0.25}
+    changes |= {"threshold": 0.5, "eps": 1e-3, "max_iter": 1.0, "tol": 0.1, "density": 0.7, "epsilon": 0.45}
     changes |= {"weight": (0.6, 0.3, 1.1)[:count]}
     changes |= {o.name: next(c for c in o.choices if c != values.get(o.name, o.choices[0])) for o in spec.options}
     for item in sorted(known):

@@ -5,8 +5,6 @@ from simmerge.operators.spec import Coefficient, Option
 KERNELS = "simmerge.operators.kernels"
 TRUE_FALSE = ("true", "false")
 FALSE_TRUE = ("false", "true")
-LATE = ("weight", "lambda", "normalize", "vote")
-"""What enters operators on thinned task vectors only when these are combined."""
 
 
 def weight(levels: tuple[float, ...] = (), *, low: float = -2.0, help: str = "share of each input") -> Coefficient:

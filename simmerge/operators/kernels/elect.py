@@ -1,12 +1,15 @@
 """Operators that choose per entry whose change to take: SCE, RAM, NearSwap, Arcee Fusion."""
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from simmerge.operators.kernels import jit, native
+from simmerge.operators.kernels.flat import Flat, Float32, Int64, numels
 from simmerge.operators.kernels.operands import Block, KernelCall, Operands, Plan
-from simmerge.operators.kernels.statistics import Ranking, add_up, largest, total
+from simmerge.operators.kernels.statistics import EVERYTHING, Cut, Float64, Ranking, add_up, largest, total
 
 
 def signs(total: torch.Tensor) -> torch.Tensor:
@@ -17,7 +20,7 @@ def signs(total: torch.Tensor) -> torch.Tensor:
     return torch.ge(total, 0, out=torch.empty_like(total)).mul_(2).sub_(1)
 
 
-def sce(call: KernelCall) -> Plan:
+def sce(call: KernelCall) -> "Plan | Erased":
     """Select the positions where the task vectors differ most, weigh the inputs by energy, erase minorities.
 
     (Wan et al. 2024.) Of the positions with any variance over the inputs the share `select_topk` stays; weights
@@ -25,53 +28,141 @@ def sce(call: KernelCall) -> Plan:
     `floor: mergekit` makes the weights equal where the mean squares sum to less than 1e-6.
     """
     operands = call.operands
-    share = call.number("select_topk")
-    cut = None
+    share, floored = call.number("select_topk"), call.options["floor"] == "mergekit"
+    if isinstance(operands, Flat):
+        return _sce_of_all(operands, share, floored=floored)
+    cut = EVERYTHING
     if share < 1:
         varied = operands.remember("varied", lambda: _varied(operands))
         ((cut,),) = largest(operands, [Ranking("variance", variance, (int(varied * share),))])
+    energy = add_up([_energies(block, cut) for block in operands.blocks()]) or [0.0] * len(operands)
+    weights = _by_energy(np.array([energy]), np.array([operands.numel]), floored=floored)[0].tolist()
+    return Plan(lambda block: _erased(block, cut, weights))
 
-    def selected(block: Block) -> list[torch.Tensor]:
-        deltas = block.deltas()
-        if cut is None:
-            return list(deltas)
-        size, kept = variance(block), cut
-        return block.latest("selected", kept, lambda: [kept.keep(d, size, block.start) for d in deltas])
 
-    energy = [torch.stack([total(d.square()) for d in selected(block)]) for block in operands.blocks()]
-    squares = [e / max(1, operands.numel) for e in add_up(energy)] or [0.0] * len(operands)
-    whole = math.fsum(squares)
-    least = 1e-6 if call.options["floor"] == "mergekit" else 0.0
-    equal = whole < least or whole == 0
-    weights = [1 / len(squares) if equal else s / whole for s in squares]
+def _by_energy(energy: Float64, numels: Int64, *, floored: bool) -> Float64:
+    """Weights `[t, m]` from sums of squares `[t, m]`; equal where the mean squares sum to nothing."""
+    squares = energy / np.maximum(numels, 1)[:, None]
+    whole = squares.sum(axis=1, keepdims=True)
+    equal = (whole < (1e-6 if floored else 0.0)) | (whole == 0)
+    return np.where(equal, 1 / energy.shape[1], squares / np.where(equal, 1.0, whole))
 
-    def apply(block: Block) -> torch.Tensor:
-        deltas = selected(block)
-        summed = deltas[0] + deltas[1] if len(deltas) > 1 else deltas[0].clone()
-        for delta in deltas[2:]:
-            summed.add_(delta)
-        sign = signs(summed)
-        merged, divisor, agrees = torch.zeros_like(summed), torch.zeros_like(summed), torch.empty_like(summed)
-        for delta, weight in zip(deltas, weights, strict=True):
-            part = (delta * sign).clamp_min_(0)
-            divisor.add_(torch.gt(part, 0, out=agrees), alpha=weight)
-            merged.add_(part, alpha=weight)
-        return merged.div_(divisor.clamp_min_(1e-6)).mul_(sign).add_(block.origin())
 
-    return Plan(apply)
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What SCE makes of all tensors of a `Flat`.
+
+    Attributes:
+        operands: of what.
+        judged: variances, `[n]`.
+        bounds: what is above is selected, `[t]`.
+        lasts: last entry at the bound that is selected, `[t]`.
+        weights: `[t, m]`.
+    """
+
+    operands: Flat
+    judged: Float32
+    bounds: Float32
+    lasts: Int64
+    weights: Float32
+
+    def whole(self, segments: Int64, out: torch.Tensor) -> None:
+        """Merge some segments of the operands into a vector."""
+        changes, base = self.operands.changes(), self.operands.float_base()
+        if base is None:
+            raise TypeError("this operator needs a base")
+        origin, target = base.numpy(), out.numpy()
+        for start, stop, first, t in segments.tolist():
+            split = stop - start if self.bounds[t] == 0 else int(self.lasts[t]) + 1 - first
+            native.erased(
+                changes, start, stop, origin[start:stop], self.judged[start:stop], self.bounds[t], split,
+                self.weights[t], target[start:stop],
+            )  # fmt: skip
+
+
+def _sce_of_all(flat: Flat, share: float, *, floored: bool) -> Erased:
+    judged, ordered, order = flat.remember("variances", lambda: _ordered_variances(flat))
+    whole = numels(flat)
+    varied = flat.remember("varied", lambda: np.array([np.count_nonzero(ordered[a:b]) for a, b in flat.spans]))
+    bounds, lasts = np.zeros(len(whole), dtype=np.float32), np.full(len(whole), -1)
+    if share < 1:
+        counts = (varied * share).astype(np.int64)
+        place = flat.spans[:, 0] + np.clip(counts, 1, whole) - 1
+        none = counts <= 0
+        bounds = np.where(none, np.float32(np.inf), np.where(counts >= whole, np.float32(0), ordered[place]))
+        lasts = np.where(none, -1, order[place])
+    changes, (pieces, owner) = flat.changes(), flat.pieces("entries")
+    parts: list[Float64] = []
+    for (start, stop, first), t in zip(pieces.tolist(), owner.tolist(), strict=True):
+        split = stop - start if bounds[t] == 0 else int(lasts[t]) + 1 - first
+        parts.append(native.energies(changes, start, stop, judged[start:stop], bounds[t], split))
+    energy = flat.sums(np.stack(parts), "entries")
+    weights = _by_energy(energy, whole, floored=floored).astype(np.float32)
+    return Erased(flat, judged, bounds.astype(np.float32), lasts, weights)
+
+
+def _ordered_variances(flat: Flat) -> tuple[Float32, Float32, Int64]:
+    """Variances, the same largest first by tensor, and where these stand in it; each `[n]`."""
+    changes = flat.changes()
+    judged = np.zeros(changes.shape[1], dtype=np.float32)
+    ordered, order = np.zeros_like(judged), np.zeros(len(judged), dtype=np.int64)
+    for start, stop in flat.spans.tolist():
+        native.variances(changes, start, stop, judged[start:stop])
+        order[start:stop] = np.argsort(-judged[start:stop], kind="stable")
+        ordered[start:stop] = judged[start:stop][order[start:stop]]
+    return judged, ordered, order
+
+
+def _split(block: Block, cut: Cut) -> int:
+    """Where, in a block, entries at the bound stop to be selected; everything is at or above a bound of zero."""
+    return block.stop - block.start if cut.threshold == 0 else cut.last + 1 - block.start
+
+
+def _energies(block: Block, cut: Cut) -> torch.Tensor:
+    """Sums of squares of what is selected of each task vector in a block."""
+    if jit.suits(block.stack):
+        bound, judged = np.float32(cut.threshold), variance(block).numpy()
+        return torch.as_tensor(
+            native.energies(block.changes().numpy(), 0, block.stop - block.start, judged, bound, _split(block, cut))
+        )
+    return torch.stack([total(d.square()) for d in _selected(block, cut)])
+
+
+def _selected(block: Block, cut: Cut) -> list[torch.Tensor]:
+    if cut.threshold == 0:
+        return list(block.deltas())
+    return [cut.keep(delta, variance(block), block.start) for delta in block.deltas()]
+
+
+def _erased(block: Block, cut: Cut, weights: Sequence[float]) -> torch.Tensor:
+    """The merged block: minorities erased, the rest weighted."""
+    if jit.suits(block.stack):
+        out = torch.empty_like(block.origin())
+        bound, judged, scale = np.float32(cut.threshold), variance(block).numpy(), np.array(weights, dtype=np.float32)
+        changes, origin, split = block.changes().numpy(), block.origin().numpy(), _split(block, cut)
+        native.erased(changes, 0, out.numel(), origin, judged, bound, split, scale, out.numpy())
+        return out
+    deltas = _selected(block, cut)
+    sign = signs(torch.stack(deltas).sum(0))
+    merged, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
+    for delta, weight in zip(deltas, weights, strict=True):
+        part = (delta * sign).clamp_min_(0)
+        divisor.add_(torch.gt(part, 0), alpha=weight)
+        merged.add_(part, alpha=weight)
+    return merged.div_(divisor.clamp_min_(1e-6)).mul_(sign).add_(block.origin())
 
 
 def variance(block: Block) -> torch.Tensor:
     """Population variance of the task vectors over the inputs, entry by entry."""
-    return block.remember("variance", lambda: _variance(block))
+    return block.remember("variance", lambda: _variance(block.changes()))
 
 
-def _variance(block: Block) -> torch.Tensor:
-    deltas = block.deltas()
-    if len(deltas) == 2:
-        return (deltas[0] - deltas[1]).square_().mul_(0.25)
-    mean = torch.stack(deltas).sum(0) / len(deltas)
-    return torch.stack([(d - mean).square_() for d in deltas]).sum(0) / len(deltas)
+def _variance(changes: torch.Tensor) -> torch.Tensor:
+    if jit.suits(changes):
+        out = torch.empty_like(changes[0])
+        native.variances(changes.numpy(), 0, len(out), out.numpy())
+        return out
+    return (changes - changes.mean(0)).square_().mean(0)
 
 
 def _varied(operands: Operands) -> int:
@@ -128,6 +219,10 @@ def nearswap(call: KernelCall) -> Plan:
 
     def apply(block: Block) -> torch.Tensor:
         a, b = block.inputs
+        if jit.suits(a):
+            out = torch.empty_like(a)
+            native.nearswap(a.numpy(), b.numpy(), np.float32(t), out.numpy())
+            return out
         difference = b - a
         share = (t / difference.abs().clamp_min_(1e-6)).clamp_max_(1)
         return share.mul_(difference).add_(a)

@@ -4,7 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
+
+from simmerge.operators.kernels import jit, native
 
 BLOCK = 1 << 18
 """Entries per block: a megabyte in float32, so that a few blocks stay in a core's cache. Part of no result but
@@ -20,22 +23,27 @@ T = TypeVar("T")
 class Block:
     """A part of every operand, in float32 and in one shape.
 
-    Attributes:
+    Args:
         start: index of its first entry in the flattened tensor.
         stop: index after its last entry.
-        inputs: one tensor per input; of one dimension by entries, `rows x columns` by rows, in the tensor's
-            own shape by tensor. Not to be written to.
+        stack: the inputs, `[m, entries]` by entries, `[m, rows, columns]` by rows, `[m, …]` in the tensor's own
+            shape by tensor. Not to be written to.
         base: the base's part, where there is a base.
     """
 
-    __slots__ = ("_memory", "base", "inputs", "start", "stop")
+    __slots__ = ("_memory", "base", "stack", "start", "stop")
 
-    def __init__(self, start: int, stop: int, inputs: tuple[torch.Tensor, ...], base: torch.Tensor | None) -> None:
+    def __init__(self, start: int, stop: int, stack: torch.Tensor, base: torch.Tensor | None) -> None:
         self.start = start
         self.stop = stop
-        self.inputs = inputs
+        self.stack = stack
         self.base = base
         self._memory: dict[object, Any] = {}
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """One tensor per input; not to be written to."""
+        return self.stack.unbind(0)
 
     def remember(self, key: object, make: Callable[[], T]) -> T:
         """`make()`, computed once; the blocks of small tensors are looked at twice and live as long as these."""
@@ -43,16 +51,13 @@ class Block:
             self._memory[key] = make()
         return cast("T", self._memory[key])
 
-    def latest(self, key: object, version: object, make: Callable[[], T]) -> T:
-        """`make()`, remembered until another version of the same thing is asked for."""
-        known = self._memory.get(key)
-        if known is None or known[0] != version:
-            known = self._memory[key] = (version, make())
-        return cast("T", known[1])
+    def changes(self) -> torch.Tensor:
+        """Task vectors, every input minus the base, in the shape of `stack`; not to be written to."""
+        return self.remember("changes", lambda: self.stack - self.origin())
 
     def deltas(self) -> tuple[torch.Tensor, ...]:
-        """Task vectors: every input minus the base; not to be written to."""
-        return self.remember("deltas", lambda: tuple(tensor - self.origin() for tensor in self.inputs))
+        """Task vectors one by one; not to be written to."""
+        return self.changes().unbind(0)
 
     def origin(self) -> torch.Tensor:
         """The base's part; TypeError where there is none."""
@@ -151,7 +156,7 @@ class Operands:
             by: how to cut: into runs of entries, into whole rows, or not at all.
         """
         if by == "tensor":
-            yield Block(0, self.numel, self.floats(), self.float_base())
+            yield Block(0, self.numel, torch.stack(self.floats()), self.float_base())
             return
         if not self.numel:
             return
@@ -170,8 +175,11 @@ class Operands:
         shape = (-1, columns) if by == "rows" else (-1,)
         for start in range(0, self.numel, step):
             stop = min(start + step, self.numel)
-            parts = tuple(t[start:stop].float().reshape(shape) for t in inputs)
-            yield Block(start, stop, parts, None if flat_base is None else flat_base[start:stop].float().reshape(shape))
+            stack = torch.empty((len(inputs), stop - start), dtype=torch.float32, device=self.device)
+            for row, tensor in zip(stack, inputs, strict=True):
+                row.copy_(tensor[start:stop])
+            origin = None if flat_base is None else flat_base[start:stop].float().reshape(shape)
+            yield Block(start, stop, stack.reshape(len(inputs), *shape), origin)
 
 
 class Blockwise(Protocol):
@@ -219,65 +227,30 @@ class Affine:
     def apply(self, block: Block) -> torch.Tensor:
         """The combination of a block."""
         if self.lifted:
-            return self.of(block.deltas(), block.base)
+            return self.of(block.deltas(), block.origin())
         return self.of(block.inputs, None)
 
     def of(
         self, vectors: Sequence[torch.Tensor], base: torch.Tensor | None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The combination of vectors, added to the base where there is one.
+        """The combination of contiguous float32 vectors, added to the base where there is one.
 
         Args:
             vectors: task vectors if lifted, else inputs.
             base: the base if lifted.
             out: where to write it; a new tensor if None.
         """
-        result = base
+        out = torch.empty_like(vectors[0]) if out is None else out
+        if jit.suits(out):
+            flat = tuple(v.reshape(-1).numpy() for v in vectors)
+            origin = np.empty(0, dtype=np.float32) if base is None else base.reshape(-1).numpy()
+            weights, segment = np.array([self.weights], dtype=np.float32), np.array([[0, out.numel(), 0, 0]])
+            native.affine(flat, origin, weights, segment, base is not None, out.view(-1).numpy())
+            return out
+        result = out.zero_() if base is None else out.copy_(base)
         for tensor, weight in zip(vectors, self.weights, strict=True):
-            if result is None:
-                result = torch.mul(tensor, weight, out=out)
-            elif weight:
-                result = torch.add(result, tensor, alpha=weight, out=out if result is base else result)
-        if result is None:
-            raise TypeError("a combination needs a base or an input")
-        if result is not base:
-            return result
-        return result.clone() if out is None else out.copy_(result)
-
-
-@dataclass(frozen=True, slots=True)
-class Thinned:
-    """Task vectors thinned out one by one, and then combined in a way that no tensor's content enters.
-
-    Attributes:
-        thin: makes an input's vote out of its task vector on a block.
-        factors: scale of each vote.
-        combine: makes the merged tensor out of the votes and the base.
-        by: how blocks must be cut.
-    """
-
-    thin: "tuple[Thin, ...]"
-    factors: tuple[float, ...]
-    combine: "Combine"
-    by: By = "entries"
-
-    def votes(self, block: Block) -> list[torch.Tensor]:
-        """Thinned and scaled task vectors of a block."""
-        found: list[torch.Tensor] = []
-        for one, delta, factor in zip(self.thin, block.deltas(), self.factors, strict=True):
-            vote = one(delta, block)
-            if factor != 1:
-                vote = vote * factor if vote is delta else vote.mul_(factor)
-            found.append(vote)
-        return found
-
-    def apply(self, block: Block) -> torch.Tensor:
-        """The merged block."""
-        return self.combine(self.votes(block), block.origin())
-
-
-Thin = Callable[[torch.Tensor, Block], torch.Tensor]
-Combine = Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
+            result.add_(tensor, alpha=weight)
+        return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from simmerge.operators.kernels import jit, native
 from simmerge.operators.kernels.operands import Block, By, Operands
 
 Float64 = npt.NDArray[np.float64]
@@ -42,13 +43,12 @@ def add_up(parts: Sequence[torch.Tensor]) -> list[float]:
     return [math.fsum(column) for column in zip(*stacked, strict=True)]
 
 
-def products(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Inner products of all pairs i <= j of vectors, float64, row by row of the upper triangle."""
-    if vectors[0].numel() <= _EXACT:
-        vectors = [v.double() for v in vectors]
-    product = torch.empty_like(vectors[0])
-    found = [total(torch.mul(x, y, out=product)) for i, x in enumerate(vectors) for y in vectors[i:]]
-    return torch.stack(found)
+def products(vectors: torch.Tensor) -> torch.Tensor:
+    """Inner products of all pairs i <= j of vectors `[m, n]`, float64, row by row of the upper triangle."""
+    if jit.suits(vectors):
+        return torch.as_tensor(native.products(vectors.numpy(), 0, vectors.shape[1]))
+    wide = vectors.double()
+    return (wide @ wide.T)[tuple(torch.triu_indices(len(vectors), len(vectors)))]
 
 
 def gram(operands: Operands, of: str) -> Float64:
@@ -60,11 +60,10 @@ def gram(operands: Operands, of: str) -> Float64:
             it, in which small angles between inputs lose no digits.
     """
 
-    def vectors(block: Block) -> list[torch.Tensor]:
+    def vectors(block: Block) -> torch.Tensor:
         if of == "deltas":
-            return list(block.deltas())
-        first, *others = block.inputs
-        return [first, *(other - first for other in others)]
+            return block.changes()
+        return torch.cat([block.stack[:1], block.stack[1:] - block.stack[:1]])
 
     def make() -> Float64:
         size = len(operands)
@@ -272,9 +271,9 @@ def _strided(operands: Operands, stride: int, columns: int) -> Block:
         flat = tensor.reshape(-1) if columns == 1 else tensor.reshape(-1, columns)
         return flat[::stride].float()
 
-    inputs = tuple(of(t) for t in operands.stored)
+    stack = torch.stack([of(t) for t in operands.stored])
     base = operands.stored_base
-    return Block(0, inputs[0].numel(), inputs, None if base is None else of(base))
+    return Block(0, stack[0].numel(), stack, None if base is None else of(base))
 
 
 def _strided_rows(operands: Operands) -> Block:

@@ -1,0 +1,36 @@
+"""Compiled passes over task vectors: draws, thinning, elections, ranks, inner products.
+
+Everything here is a pure function of arrays. Letters: `m` inputs, `n` entries, `s` segments (tensors that lie one
+behind another in a vector, parts of these, or one block of a tensor), `t` tensors.
+"""
+
+from simmerge.operators.kernels.native.common import ALL, CHUNK, LARGEST, MASKED, MIDDLE, RANDOM, RANKED
+from simmerge.operators.kernels.native.draws import random_mask, ranked_mask, words
+from simmerge.operators.kernels.native.ranks import rank_mask, row_ranks
+from simmerge.operators.kernels.native.selection import energies, erased, variances
+from simmerge.operators.kernels.native.thinning import combined, sizes
+from simmerge.operators.kernels.native.vectors import affine, nearswap, products, rounded
+
+__all__ = [
+    "ALL",
+    "CHUNK",
+    "LARGEST",
+    "MASKED",
+    "MIDDLE",
+    "RANDOM",
+    "RANKED",
+    "affine",
+    "combined",
+    "energies",
+    "erased",
+    "nearswap",
+    "products",
+    "random_mask",
+    "rank_mask",
+    "ranked_mask",
+    "rounded",
+    "row_ranks",
+    "sizes",
+    "variances",
+    "words",
+]
