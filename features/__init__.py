@@ -2,12 +2,15 @@
 
 In the order of use:
 
-* `probes`: `ProbeSet`, `load_probes`, `tokenize`
-* `extract`: `make_fingerprint` (needs torch, as `structure` and `behaviour` do, that it is made of)
+* `probes`: `ProbeSet`, `load_probes`, `tokenize`; `defaults`: `default_probes`
+* `extract`: `make_fingerprint` (needs torch, as what it is made of does: `structure`, `behaviour`, `gradients`)
 * `fingerprint`: `Fingerprint`, `save_fingerprint`, `load_fingerprint`, `require_comparable`
-* `measures`: CKA, KL, cosine and the rest, as pure functions
-* `pairs`: `pair_features`, `pair_matrix`
+* `measures`: CKA, KL, cosine and the rest, as pure functions; `outcomes`: next-token distributions
+* `pairs`: `pair_features`, `pair_matrix`; `batches`: the same for many pairs at once
+* `bytewise`: `bytewise_features`, for checkpoints with different tokenizers
 * `candidates`: `CandidateFeatures`, explained in `docs/features.md`
+* `packed`, `allpairs`: a catalogue's fingerprints as memory-mapped arrays, and all pairs of them
+* `observing`, `rung1`: what a merged model does on the probes (`simmerge.pipeline.probing.Prober`)
 """
 
 if __name__ != "simmerge.features":

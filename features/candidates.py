@@ -11,15 +11,17 @@ import numpy.typing as npt
 
 from simmerge import operators
 from simmerge.errors import FingerprintError, UnknownNameError, UsageError
-from simmerge.features import measures, pairs
+from simmerge.features import pairs
+from simmerge.features.batches import PairMeasures
 from simmerge.features.columns import COLUMNS, Batch, table
 from simmerge.features.fingerprint import Fingerprint, require_comparable
-from simmerge.recipe import Node, Recipe, Stack, Step, source_of, steps
+from simmerge.recipe import Node, Recipe, Stack, Step, Value, source_of, steps
 
 Array = npt.NDArray[np.float64]
 
-_AT_ONCE = 16
-"""Recipes whose stand-in distributions are held at once: 16 x 512 positions x 50 outcomes are 3 MB."""
+_Pair = tuple[str, str]
+_Inputs = tuple[tuple[str, ...], tuple[float, ...]]
+_Form = tuple[str, int, bool, tuple[tuple[str, Value], ...]]
 
 
 def effective_weights(node: Node, shares: Callable[[Step], Sequence[float]]) -> dict[str, float]:
@@ -58,22 +60,12 @@ class _Plan:
     steps: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """Measures of one checkpoint: `SINGLE`, KL and loss gain by domain, change of log-probabilities."""
-
-    single: Array
-    base_kl: Array
-    loss_gain: Array
-    change: Array
-
-
 @final
 class CandidateFeatures:
     """Features of recipes on tasks, computed from fingerprints; no weights are read.
 
-    Pair measures are computed when a pair is first asked for and kept, so that a catalogue of any size
-    costs only the pairs that candidates use. Equal input gives equal rows on any number of threads.
+    Pair measures are computed in batches when pairs are first asked for, and kept, so that a catalogue of any
+    size costs only the pairs that candidates use. Equal input gives equal rows on any number of threads.
 
     Args:
         fingerprints: by checkpoint name, the base's among them.
@@ -83,9 +75,13 @@ class CandidateFeatures:
         scales: by task, the unit that gains are counted in (for instance the spread of single scores);
             positive.
         domains: domain of a task, by task name; tasks without one have NaN for the domain features.
-        describe: numbers that describe the operator of a step, by name.
-        shares: factor of each input's task vector in a step's linear stand-in.
+        describe: numbers that describe the operator of a step, by name; what checkpoints a step names has no
+            part in them.
+        shares: factor of each input's task vector in a step's linear stand-in; likewise.
         descriptors: names that `describe` gives; those of a linear step if None.
+        on_use: check that a fingerprint is comparable when it is first used, not all of them now: for mappings
+            that read each fingerprint when it is asked for.
+        threads: threads that measure pairs; no number depends on it.
 
     Raises:
         UnknownNameError: the base has no fingerprint.
@@ -104,13 +100,16 @@ class CandidateFeatures:
         describe: Callable[[Step], Mapping[str, float]] = operators.describe,
         shares: Callable[[Step], Sequence[float]] = operators.shares,
         descriptors: Sequence[str] | None = None,
+        on_use: bool = False,
+        threads: int = 1,
     ) -> None:
         if base not in fingerprints:
             raise UnknownNameError("base", base, fingerprints, "Fingerprint it first: simmerge fingerprint.")
         self._base = fingerprints[base]
-        _check(self._base, base, fingerprints, scales)
+        _check(self._base, base, {} if on_use else fingerprints, scales)
         self._base_name = base
-        self._fingerprints = dict(fingerprints)
+        self._fingerprints = fingerprints if on_use else dict(fingerprints)
+        self._known = frozenset(fingerprints)  # asking a mapping for a name may read a file
         self._scores = dict(scores)
         self._scales = dict(scales)
         self._task_domains = dict(domains or {})
@@ -123,10 +122,9 @@ class CandidateFeatures:
         if doubled:
             raise UsageError(f"operator descriptor '{doubled[0]}' has the name of a feature; rename it")
         self._domains = tuple(dict.fromkeys(self._base.behaviour.domains))
-        self._base_loss = pairs.domain_loss(self._base, self._domains)
-        self._facts: dict[str, _Facts] = {}
-        self._symmetric: dict[tuple[str, str], Array] = {}
-        self._directed: dict[tuple[str, str], Array] = {}
+        self._measures = PairMeasures(self._fingerprints, self._base, self._domains, threads=threads)
+        self._pairs: dict[_Pair, tuple[Array, Array, Array]] = {}
+        self._operators: dict[_Form, tuple[tuple[float, ...], Array]] = {}
 
     def names(self) -> tuple[str, ...]:
         """Names of the `d` features in column order; `docs/features.md` explains them."""
@@ -147,9 +145,8 @@ class CandidateFeatures:
         for row, recipe in enumerate(recipes):
             plan = self._plan(row, recipe)
             groups.setdefault(len(plan.sources), []).append(plan)
-            root = recipe.root
-            described: Mapping[str, float] = self._describe(root) if isinstance(root, Step) else {}
-            result[row, :, len(COLUMNS) :] = [described.get(name, math.nan) for name in self._descriptors]
+            if isinstance(recipe.root, Step):
+                result[row, :, len(COLUMNS) :] = self._operator(recipe.root)[1]
         for plans in groups.values():
             result[[plan.row for plan in plans], :, : len(COLUMNS)] = table(self._batch(plans, tasks))
         return result.reshape(len(recipes) * len(tasks), len(self.names()))
@@ -161,19 +158,32 @@ class CandidateFeatures:
                     f"a recipe has base '{name}', these features are against base '{self._base_name}'; "
                     "use recipes on one base"
                 )
-        weights = effective_weights(recipe.root, self._shares)
+        weights = effective_weights(recipe.root, lambda step: self._operator(step)[0])
         for name in weights:
-            if name not in self._fingerprints:
+            if name not in self._known:
                 raise UnknownNameError(
-                    "checkpoint", name, self._fingerprints, "Fingerprint it first: simmerge fingerprint."
+                    "checkpoint", name, sorted(self._known), "Fingerprint it first: simmerge fingerprint."
                 )
         return _Plan(row, tuple(weights), tuple(weights.values()), sum(1 for _ in steps(recipe.root)))
+
+    def _operator(self, step: Step) -> tuple[Sequence[float], Array]:
+        """Shares of a step's inputs, and its descriptors in order; kept by the step's form."""
+        form = (step.operator, len(step.inputs), step.base is None, step.coefficients)
+        flat = all(isinstance(item, str) for item in step.inputs)
+        if flat and form in self._operators:
+            return self._operators[form]
+        described = self._describe(step)
+        numbers = np.array([described.get(name, math.nan) for name in self._descriptors])
+        found = tuple(self._shares(step)), numbers
+        if flat:
+            self._operators[form] = found
+        return found
 
     def _batch(self, plans: Sequence[_Plan], tasks: Sequence[str]) -> Batch:
         used = tuple(dict.fromkeys(name for plan in plans for name in plan.sources))
         place = {name: i for i, name in enumerate(used)}
         index = np.array([[place[name] for name in plan.sources] for plan in plans], dtype=np.intp)
-        facts = [self._fact(name) for name in used]
+        facts = [self._measures.facts(name) for name in used]
         symmetric, forward, backward = self._pair_tables(plans)
         of_task = self._domain_of(tasks)
         base_score, gains = self._gains(used, tasks)
@@ -192,7 +202,7 @@ class CandidateFeatures:
             domain_forward=_with_unknown(forward[:, :, count:])[:, :, of_task],
             domain_backward=_with_unknown(backward[:, :, count:])[:, :, of_task],
             domain_base_kl=_with_unknown(np.stack([f.base_kl for f in facts]))[:, of_task][index],
-            domain_base_loss=_with_unknown(self._base_loss)[of_task],
+            domain_base_loss=_with_unknown(self._measures.base_loss)[of_task],
             domain_gains=_with_unknown(np.stack([f.loss_gain for f in facts]))[:, of_task][index],
             domain_merged_gain=_with_unknown(merged[:, 1:])[:, of_task],
         )
@@ -211,48 +221,23 @@ class CandidateFeatures:
         own = np.array([[self._scores.get((name, task), math.nan) for task in tasks] for name in used])
         return base / scales, (own.reshape(len(used), len(tasks)) - base) / scales
 
-    def _fact(self, name: str) -> _Facts:
-        if name not in self._facts:
-            x, base = self._fingerprints[name], self._base
-            single = pairs.single_measures(x, base)
-            self._facts[name] = _Facts(
-                single=np.array([single[key] for key in pairs.SINGLE]),
-                base_kl=pairs.domain_kl(base, x, self._domains),
-                loss_gain=self._base_loss - pairs.domain_loss(x, self._domains),
-                change=x.behaviour.log_probs.astype(np.float64) - base.behaviour.log_probs,
-            )
-        return self._facts[name]
-
     def _pair_tables(self, plans: Sequence[_Plan]) -> tuple[Array, Array, Array]:
         """Measures of all pairs of each plan: symmetric, forward and backward, each `(r, q, …)`."""
-        k = len(plans[0].sources)
-        order = list(combinations(range(k), 2))
+        order = list(combinations(range(len(plans[0].sources)), 2))
         chosen = [[(plan.sources[i], plan.sources[j]) for i, j in order] for plan in plans]
         place = {pair: i for i, pair in enumerate(dict.fromkeys(pair for row in chosen for pair in row))}
         index = np.array([[place[pair] for pair in row] for row in chosen], dtype=np.intp).reshape(len(plans), -1)
-        width = len(pairs.DIRECTED) + len(self._domains)
-        symmetric = np.empty((len(place), len(pairs.SYMMETRIC)))
-        forward, backward = np.empty((len(place), width)), np.empty((len(place), width))
-        for (a, b), i in place.items():
-            symmetric[i] = self._symmetric_of(a, b)
-            forward[i], backward[i] = self._directed_of(a, b), self._directed_of(b, a)
-        return symmetric[index], forward[index], backward[index]
-
-    def _symmetric_of(self, a: str, b: str) -> Array:
-        key = (a, b) if a < b else (b, a)
-        if key not in self._symmetric:
-            found = pairs.symmetric_measures(self._fingerprints[key[0]], self._fingerprints[key[1]])
-            self._symmetric[key] = np.array([found[name] for name in pairs.SYMMETRIC])
-        return self._symmetric[key]
-
-    def _directed_of(self, a: str, b: str) -> Array:
-        """`DIRECTED` of (a, b), then KL(a || b) by domain."""
-        if (a, b) not in self._directed:
-            x, y = self._fingerprints[a], self._fingerprints[b]
-            found = pairs.directed_measures(x, y)
-            own = np.array([found[name] for name in pairs.DIRECTED])
-            self._directed[(a, b)] = np.concatenate([own, pairs.domain_kl(x, y, self._domains)])
-        return self._directed[(a, b)]
+        new = [pair for pair in place if pair not in self._pairs]
+        for pair, *found in zip(new, *self._measures.measure(new), strict=True):
+            symmetric, forward, backward = found
+            self._pairs[pair] = symmetric, forward, backward
+            self._pairs[pair[1], pair[0]] = symmetric, backward, forward
+        widths = (len(pairs.SYMMETRIC), *(len(pairs.DIRECTED) + len(self._domains),) * 2)
+        tables = [
+            np.array([self._pairs[pair][part] for pair in place]).reshape(len(place), width)
+            for part, width in enumerate(widths)
+        ]
+        return tables[0][index], tables[1][index], tables[2][index]
 
     def _merged_gains(self, plans: Sequence[_Plan]) -> Array:
         """Loss gain of the linear stand-in on all kept positions, then by domain; shape `(r, 1 + domains)`.
@@ -264,24 +249,11 @@ class CandidateFeatures:
             Ortiz-Jimenez et al. 2023, https://arxiv.org/abs/2305.12827 (linearised task arithmetic);
             Liu et al. 2024, https://arxiv.org/abs/2401.08565 (arithmetic of log-probabilities).
         """
-        base = self._base.behaviour.log_probs.astype(np.float64)
-        masks = pairs.position_masks(self._base, self._domains)
         # Recipes that differ in the operator only share their stand-in.
-        distinct = dict.fromkeys((plan.sources, plan.weights) for plan in plans)
-        gains: dict[tuple[tuple[str, ...], tuple[float, ...]], Array] = {}
-        keys = list(distinct)
-        for start in range(0, len(keys), _AT_ONCE):
-            part = keys[start : start + _AT_ONCE]
-            moved = np.repeat(base[None], len(part), axis=0)
-            for row, (names, weights) in zip(moved, part, strict=True):
-                for name, weight in zip(names, weights, strict=True):
-                    row += weight * self._fact(name).change
-            loss = _log_sum(moved) - moved[:, :, 0]
-            by_position = _log_sum(base) - base[:, 0] - loss
-            for key, values in zip(part, by_position, strict=True):
-                by_domain = [measures.known_mean(values[mask]) for mask in masks]
-                gains[key] = np.array([measures.known_mean(values), *by_domain])
-        return np.stack([gains[(plan.sources, plan.weights)] for plan in plans])
+        keys: list[_Inputs] = [(plan.sources, plan.weights) for plan in plans]
+        place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        gains = self._measures.stand_in_gains([names for names, _ in place], [weights for _, weights in place])
+        return gains[[place[key] for key in keys]]
 
 
 def _check(base: Fingerprint, name: str, fingerprints: Mapping[str, Fingerprint], scales: Mapping[str, float]) -> None:
@@ -292,12 +264,6 @@ def _check(base: Fingerprint, name: str, fingerprints: Mapping[str, Fingerprint]
     for task, scale in scales.items():
         if not (math.isfinite(scale) and scale > 0):
             raise UsageError(f"scale of task '{task}' must be positive and finite, got {scale!r}")
-
-
-def _log_sum(log_p: Array) -> Array:
-    """Logarithm of the sum of exponentials along the last axis."""
-    most = np.max(log_p, axis=-1, keepdims=True)
-    return np.log(np.sum(np.exp(log_p - most), axis=-1)) + most[..., 0]
 
 
 def _with_unknown(values: Array) -> Array:

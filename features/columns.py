@@ -24,8 +24,8 @@ _EXTREMES: tuple[tuple[str, str], ...] = (
     ("sign_conflict", "highest"),
 )
 _SPREAD: tuple[str, ...] = ("task_norm", "probe_loss_gain", "base_kl_mean", "base_cka_mean")
-_BOTH_WAYS: tuple[str, ...] = tuple(name for name in DIRECTED if name.startswith("kl_"))
-_ONE_WAY: tuple[str, ...] = tuple(name for name in DIRECTED if not name.startswith("kl_"))
+_BOTH_WAYS: tuple[str, ...] = tuple(name for name in DIRECTED if name.startswith(("kl_", "gradient_")))
+_ONE_WAY: tuple[str, ...] = tuple(name for name in DIRECTED if name not in _BOTH_WAYS)
 
 RECIPE_COLUMNS: tuple[str, ...] = (
     "n_inputs",
@@ -38,6 +38,7 @@ RECIPE_COLUMNS: tuple[str, ...] = (
     "merged_norm_kept",
     *(f"merged_cosine_{s}" for s in ("mean", "lowest", "highest")),
     "merged_loss_gain",
+    "merged_gradient_gain",
 )
 PAIR_COLUMNS: tuple[str, ...] = (
     *(f"pair_{name}" for name in SYMMETRIC),
@@ -149,6 +150,7 @@ def recipe_columns(batch: Batch) -> Columns:
         "merged_cosine_lowest": np.min(cosines, axis=1),
         "merged_cosine_highest": np.max(cosines, axis=1),
         "merged_loss_gain": batch.merged_gain,
+        "merged_gradient_gain": np.sum(weights * batch.single[:, :, SINGLE.index("base_gradient_gain")], axis=1),
     }
 
 

@@ -1,11 +1,14 @@
 """Making a fingerprint: one pass over the weights, one forward pass over the probes."""
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 from simmerge.errors import FingerprintError
 from simmerge.features.behaviour import measure_behaviour
 from simmerge.features.fingerprint import Fingerprint
+from simmerge.features.gradients import measure_gradients
+from simmerge.features.partial import Partial
 from simmerge.features.probes import MAX_TOKENS, ProbeSet, tokenize
 from simmerge.features.structure import TensorSource, measure_structure
 
@@ -20,8 +23,10 @@ def make_fingerprint(
     base: TensorSource | None = None,
     base_fingerprint: Fingerprint | None = None,
     max_tokens: int = MAX_TOKENS,
+    gradients: bool = False,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    partial: Partial | None = None,
 ) -> Fingerprint:
     """Fingerprint of one checkpoint. The base comes first, with neither `base` nor `base_fingerprint`.
 
@@ -38,8 +43,11 @@ def make_fingerprint(
         base: the base's weights.
         base_fingerprint: the base's fingerprint on the same probes.
         max_tokens: longer probes are cut there, and counted.
+        gradients: whether to sketch the gradient of the loss of up to 32 probes too, which costs about three
+            forward passes over them and the memory of one gradient; without it their features are NaN.
         seed: seed of sketches; one catalogue has one.
         progress: called with (probes done, probes in all).
+        partial: where the unfinished pass over the weights is kept; see `measure_structure`.
 
     Raises:
         FingerprintError: weights or answers are not finite, the probes do not fit, or the base's
@@ -53,16 +61,20 @@ def make_fingerprint(
     if base_fingerprint is not None:
         _check_base(base_fingerprint, probes, seed)
     tokens = tokenize(probes, tokenizer, max_tokens)
-    structure = measure_structure(tensors, base, seed)
+    structure = measure_structure(tensors, base, seed, partial)
     if base_fingerprint is not None and base_fingerprint.structure.groups != structure.groups:
         raise FingerprintError("the base's fingerprint is not of the base whose tensors were given; make it again")
     origin = None if base_fingerprint is None else base_fingerprint.behaviour
+    behaviour = measure_behaviour(model, probes, tokens, origin, seed, progress)
+    if gradients:
+        sketched = measure_gradients(model, probes, tokens, structure.groups, tensors.names(), seed)
+        behaviour = replace(behaviour, **{f.name: getattr(sketched, f.name) for f in fields(sketched)})
     return Fingerprint(
         checkpoint=checkpoint,
         base=None if base_fingerprint is None else base_fingerprint.checkpoint,
         probes=probes.digest,
         structure=structure,
-        behaviour=measure_behaviour(model, probes, tokens, origin, seed, progress),
+        behaviour=behaviour,
     )
 
 

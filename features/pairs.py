@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from simmerge.errors import FingerprintError, UnknownNameError
-from simmerge.features import measures
+from simmerge.features import first_order, measures
 from simmerge.features.fingerprint import Fingerprint, Structure, require_comparable
+from simmerge.features.outcomes import divergence
 from simmerge.features.sketch import CLASSES
+from simmerge.features.spectra import subspace_overlaps
 
 Array = npt.NDArray[np.float64]
 
@@ -33,20 +35,31 @@ SYMMETRIC: tuple[str, ...] = (
     "sign_agreement",
     "sign_conflict",
     "magnitude_overlap",
+    "subspace_overlap_mean",
+    "subspace_overlap_max",
+    "subspace_overlap_slope",
+    *first_order.GRADIENT_SYMMETRIC,
 )
 """Measures of a pair that are the same both ways."""
-DIRECTED: tuple[str, ...] = (*(f"kl_{s}" for s in measures.QUANTILES), "loss_gap", "log_norm_ratio")
+DIRECTED: tuple[str, ...] = (*(f"kl_{s}" for s in measures.QUANTILES), "loss_gap", "log_norm_ratio",
+                             *first_order.GRADIENT_DIRECTED)  # fmt: skip
 """Measures of an ordered pair (a, b)."""
 SINGLE: tuple[str, ...] = (
     "task_norm",
     "task_norm_slope",
     "stable_rank",
+    "effective_rank",
+    "leading_share",
+    "zero_share",
+    "positive_share",
+    "magnitude_evenness",
     "probe_loss_gain",
     "base_kl_mean",
     "base_kl_q90",
     "base_cka_mean",
     "base_cka_min",
     "base_hidden_cosine",
+    *first_order.GRADIENT_SINGLE,
 )
 """Measures of one checkpoint against its base."""
 
@@ -87,18 +100,20 @@ def symmetric_measures(a: Fingerprint, b: Fingerprint) -> dict[str, float]:
         "attention_cosine_mean": measures.known_mean(attention),
         "attention_cosine_min": _least(attention),
         **_structural(a.structure, b.structure),
+        **first_order.symmetric(a, b),
     }
 
 
 def directed_measures(a: Fingerprint, b: Fingerprint) -> dict[str, float]:
     """Measures named in `DIRECTED` of (a, b): KL(a || b), b's loss less a's; raises as `pair_features`."""
     require_comparable(a, b)
-    divergence = measures.kl(a.behaviour.log_probs, b.behaviour.log_probs)
+    by_position = divergence(a.behaviour.outcomes, b.behaviour.outcomes)
     norms = [math.sqrt(_total(f.structure.task_sq)) for f in (a, b)]
     return {
-        **{f"kl_{name}": value for name, value in measures.quantile_summary(divergence).items()},
+        **{f"kl_{name}": value for name, value in measures.quantile_summary(by_position).items()},
         "loss_gap": b.behaviour.loss - a.behaviour.loss,
         "log_norm_ratio": math.log(norms[1] / norms[0]) if min(norms) > 0 else math.nan,
+        **first_order.directed(a, b),
     }
 
 
@@ -109,28 +124,29 @@ def single_measures(x: Fingerprint, base: Fingerprint) -> dict[str, float]:
     blocks = _blocks(own)
     with np.errstate(divide="ignore"):
         by_layer = np.log(np.sum(own.task_sq.astype(np.float64), axis=1)[blocks]) / 2
-    divergence = measures.quantile_summary(measures.kl(base.behaviour.log_probs, x.behaviour.log_probs))
+    summary = measures.quantile_summary(divergence(base.behaviour.outcomes, x.behaviour.outcomes))
     cka = np.clip(measures.row_cosines(x.behaviour.gram, base.behaviour.gram), 0.0, 1.0)
     return {
         "task_norm": math.sqrt(_total(own.task_sq) / _total(own.base_sq)),
         # A layer that was left alone has the logarithm of zero and no part in the slope.
         "task_norm_slope": measures.depth_slope(np.where(np.isfinite(by_layer), by_layer, np.nan)),
-        "stable_rank": measures.known_mean(own.stable_rank),
+        **_statistics(own),
         "probe_loss_gain": base.behaviour.loss - x.behaviour.loss,
-        "base_kl_mean": divergence["mean"],
-        "base_kl_q90": divergence["q90"],
+        "base_kl_mean": summary["mean"],
+        "base_kl_q90": summary["q90"],
         "base_cka_mean": measures.known_mean(cka),
         "base_cka_min": _least(cka),
         "base_hidden_cosine": measures.known_mean(_layer_cosines(x, base)),
+        **first_order.single(x, base),
     }
 
 
 def domain_kl(a: Fingerprint, b: Fingerprint, domains: Sequence[str]) -> Array:
     """Mean KL(a || b) on each domain's kept positions, nats, shape `(domains,)`; NaN where there is none."""
     require_comparable(a, b)
-    divergence = measures.kl(a.behaviour.log_probs, b.behaviour.log_probs)
+    by_position = divergence(a.behaviour.outcomes, b.behaviour.outcomes)
     masks = position_masks(a, domains)
-    return np.array([measures.known_mean(divergence[mask]) for mask in masks])
+    return np.array([measures.known_mean(by_position[mask]) for mask in masks])
 
 
 def domain_loss(x: Fingerprint, domains: Sequence[str]) -> Array:
@@ -143,7 +159,7 @@ def domain_loss(x: Fingerprint, domains: Sequence[str]) -> Array:
             result.append(math.nan)
             continue
         tokens = held.probe_tokens[mask].astype(np.float64)
-        result.append(float(np.sum(held.probe_loss[mask] * tokens) / np.sum(tokens)))
+        result.append(math.fsum((held.probe_loss[mask] * tokens).tolist()) / float(np.sum(tokens)))
     return np.array(result)
 
 
@@ -176,6 +192,8 @@ def _structural(a: Structure, b: Structure) -> dict[str, float]:
     weights = [base + 2 * lean[i] + norms[i] for i in (0, 1)]
     by_class = measures.row_cosines(a.class_sketch, b.class_sketch)
     layers = measures.row_cosines(a.sketch, b.sketch)[blocks]
+    kinds = subspace_overlaps(a.left_subspace, b.left_subspace)[blocks]
+    overlaps = np.array([measures.known_mean(of_block) for of_block in kinds])
     return {
         "weight_cosine": measures.clipped(
             (base + lean[0] + lean[1] + inner) / math.sqrt(weights[0] * weights[1]), -1, 1
@@ -183,8 +201,30 @@ def _structural(a: Structure, b: Structure) -> dict[str, float]:
         "task_cosine": measures.cosine(a.sketch, b.sketch),
         **{f"task_cosine_{name}": float(by_class[i]) for i, name in enumerate(CLASSES[:4])},
         **_over_layers("task_cosine_layer", layers),
+        **{
+            f"subspace_overlap_{name}": _over_layers("subspace_overlap", overlaps)[f"subspace_overlap_{name}"]
+            for name in ("mean", "max", "slope")
+        },
         "task_distance": math.sqrt(max(norms[0] + norms[1] - 2 * inner, 0.0) / base),
         **_sampled(a, b),
+    }
+
+
+def _statistics(x: Structure) -> dict[str, float]:
+    """What the task vector of one checkpoint looks like: ranks of its matrices, zeros, signs and magnitudes."""
+    changed = int(np.sum(x.counts)) - int(np.sum(x.task_zeros))
+    leading = x.singular_values.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Squares of the kept values over the squared Frobenius norm, which is the stable rank times the first of them.
+        shares = np.sum(leading**2, axis=-1) / (leading[..., 0] ** 2 * x.stable_rank)
+        evenness = _total(x.task_abs) / np.sqrt(int(np.sum(x.counts)) * _total(x.task_sq))
+    return {
+        "stable_rank": measures.known_mean(x.stable_rank),
+        "effective_rank": measures.known_mean(x.effective_rank),
+        "leading_share": measures.clipped(measures.known_mean(shares), 0.0, 1.0),
+        "zero_share": int(np.sum(x.task_zeros)) / int(np.sum(x.counts)),
+        "positive_share": int(np.sum(x.task_positive)) / changed if changed else math.nan,
+        "magnitude_evenness": measures.clipped(float(evenness), 0.0, 1.0),
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from simmerge.errors import FingerprintError
+from simmerge.errors import FingerprintError, UsageError
 
 MAX_TOKENS = 256
 
@@ -23,7 +23,8 @@ class ProbeSet:
         domains: one word per probe that says what it is about; empty where that is not known.
 
     Raises:
-        FingerprintError: no probe, a blank probe, or domains that do not match the texts.
+        FingerprintError: no probe, a blank probe, a text that UTF-8 cannot write, or domains that do not match
+            the texts.
     """
 
     name: str
@@ -36,6 +37,13 @@ class ProbeSet:
         for index, text in enumerate(self.texts):
             if not text.strip():
                 raise FingerprintError(f"probe set '{self.name}': probe {index + 1} has no text; remove it")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise FingerprintError(
+                    f"probe set '{self.name}': probe {index + 1} cannot be written as UTF-8, character "
+                    f"{error.start + 1} is half of a surrogate pair; repair or remove it"
+                ) from error
         if self.domains and len(self.domains) != len(self.texts):
             raise FingerprintError(
                 f"probe set '{self.name}': {len(self.texts)} probes but {len(self.domains)} domains; "
@@ -48,6 +56,38 @@ class ProbeSet:
         content = json.dumps([self.texts, self.domains], ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
+    def subset(self, count: int, seed: int = 0) -> "ProbeSet":
+        """`count` of the probes, drawn by content: the same ones for any order of the set; domains in turn.
+
+        Args:
+            count: how many, at least 1; the whole set where it has no more.
+            seed: another seed draws other probes.
+
+        Raises:
+            UsageError: `count` is below 1.
+        """
+        if count < 1:
+            raise UsageError(f"a subset of probe set '{self.name}' needs at least 1 probe, got {count}")
+        if count >= len(self.texts):
+            return self
+        domains = self.domains or ("",) * len(self.texts)
+        drawn = sorted(range(len(self.texts)), key=lambda i: _draw(seed, self.texts[i]))
+        turn: dict[str, int] = {}
+        ranked: list[tuple[int, int, int]] = []
+        for place, index in enumerate(drawn):
+            turn[domains[index]] = turn.get(domains[index], -1) + 1
+            ranked.append((turn[domains[index]], place, index))
+        kept = sorted(index for _, _, index in sorted(ranked)[:count])
+        return ProbeSet(
+            name=f"{self.name}-{count}",
+            texts=tuple(self.texts[i] for i in kept),
+            domains=tuple(self.domains[i] for i in kept) if self.domains else (),
+        )
+
+
+def _draw(seed: int, text: str) -> str:
+    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedProbes:
@@ -57,11 +97,13 @@ class TokenizedProbes:
         ids: token ids of each probe, at least two each, at most `max_tokens`.
         text_bytes: UTF-8 bytes of each probe's text that the ids stand for.
         cut: number of probes that were longer than `max_tokens` and were cut.
+        unknown: number of tokens that are the tokenizer's unknown token.
     """
 
     ids: tuple[tuple[int, ...], ...]
     text_bytes: tuple[int, ...]
     cut: int
+    unknown: int = 0
 
     @property
     def digest(self) -> str:
@@ -137,7 +179,8 @@ def tokenize(probes: ProbeSet, tokenizer: Any, max_tokens: int = MAX_TOKENS) -> 
         max_tokens: most tokens of a probe, at least 2.
 
     Raises:
-        FingerprintError: `max_tokens` is below 2, or a probe gives fewer than two tokens.
+        FingerprintError: `max_tokens` is below 2, a probe gives fewer than two tokens, or more than half of
+            all tokens are unknown to the tokenizer.
     """
     if max_tokens < 2:
         raise FingerprintError(f"max_tokens must be at least 2 (a next token needs one before it), got {max_tokens}")
@@ -158,9 +201,26 @@ def tokenize(probes: ProbeSet, tokenizer: Any, max_tokens: int = MAX_TOKENS) -> 
             )
         found.append(tuple(ids))
         text_bytes.append(size)
-    return TokenizedProbes(ids=tuple(found), text_bytes=tuple(text_bytes), cut=cut)
+    unknown = _unknown(probes, tokenizer, found)
+    return TokenizedProbes(ids=tuple(found), text_bytes=tuple(text_bytes), cut=cut, unknown=unknown)
+
+
+def _unknown(probes: ProbeSet, tokenizer: Any, ids: Sequence[Sequence[int]]) -> int:
+    """Number of tokens that stand for what the tokenizer has no entry for."""
+    token: int | None = getattr(tokenizer, "unk_token_id", None)
+    # Some tokenizers name their end of text as the unknown token, and never use it as one.
+    if token is None or token in (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")):
+        return 0
+    count, whole = sum(list(one).count(token) for one in ids), sum(len(one) for one in ids)
+    if 2 * count > whole:
+        raise FingerprintError(
+            f"probe set '{probes.name}': the tokenizer does not know {count} of {whole} tokens; "
+            "give probes in a script that it was made for, or the tokenizer that belongs to the checkpoint"
+        )
+    return count
 
 
 def _bytes_of(tokenizer: Any, ids: Sequence[int]) -> int:
     text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
-    return max(1, len(text.encode()))
+    # A character that the cut went through comes back as U+FFFD.
+    return max(1, len(text.rstrip("\ufffd").encode()))

@@ -1,43 +1,48 @@
-"""One pass over a checkpoint's weights: norms, sketches and samples of its task vector per layer group."""
+"""One pass over a checkpoint's weights: norms, statistics, sketches, samples and spectra of its task vector."""
 
-import math
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from simmerge.errors import FingerprintError, IncompatibleError
+from simmerge.features import kernels
 from simmerge.features.fingerprint import Structure
 from simmerge.features.measures import round_significant
+from simmerge.features.partial import Partial, State
 from simmerge.features.sketch import (
     CLASSES,
     SAMPLE_SIZE,
     SKETCH_SIZE,
     SampleReservoir,
     class_of,
-    count_sketch,
+    draw_sample,
     group_of,
+    key_for,
     ordered_groups,
-    stable_rank,
 )
-from simmerge.rng import rng_for
+from simmerge.features.spectra import (
+    BUCKETS,
+    DIRECTIONS,
+    KINDS,
+    LEADING,
+    VECTOR_SIZE,
+    Spectrum,
+    first_directions,
+    matrix_shape,
+    representatives,
+    spectrum_of,
+)
+from simmerge.features.streaming import TensorSource, Weights, require_usable, weights_of
 
 Array = npt.NDArray[np.float64]
+Float32 = npt.NDArray[np.float32]
 
-
-class TensorSource(Protocol):
-    """Weights by name, one at a time; `simmerge.checkpoint.reader.TensorReader` is one."""
-
-    def names(self) -> tuple[str, ...]:
-        """Names of the tensors, in any order."""
-        ...
-
-    def read_float(self, name: str) -> torch.Tensor:
-        """The tensor as float32."""
-        ...
+_SUMS = ("base_sq", "inner", "task_sq", "task_abs", "zeros", "positive")
+"""What `kernels.compare` sums up, in its order."""
 
 
 @dataclass(slots=True)
@@ -45,106 +50,167 @@ class _Totals:
     """Sums that grow as tensors pass by; `g` groups, `c` classes, `s` sketch size."""
 
     groups: tuple[str, ...]
+    matrices: dict[str, int]
     seed: int
-    base_sq: Array
-    inner: Array
-    task_sq: Array
+    origin: bool
+    sums: Array  # (g, c, 6), see _SUMS
     counts: npt.NDArray[np.int64]
     sketch: Array
     class_sketch: Array
+    spectra: Array  # (g, kinds, LEADING + 2): singular values, stable rank, effective rank
+    left: Array
     reservoirs: tuple[SampleReservoir, ...]
-    ranks: tuple[list[float], ...]
 
-    def add(self, name: str, base: npt.NDArray[np.float32], task: Array) -> None:
-        """Take in one tensor: its base and its task vector, of equal shape."""
+    def add(self, weights: Weights) -> None:
+        """Take in one tensor."""
+        name = weights.name
         g, c = self.groups.index(group_of(name)), CLASSES.index(class_of(name))
-        origin = base.astype(np.float64)
-        self.base_sq[g, c] += np.sum(origin * origin)
-        self.inner[g, c] += np.sum(origin * task)
-        self.task_sq[g, c] += np.sum(task * task)
-        self.counts[g, c] += task.size
-        sketch = count_sketch(task, SKETCH_SIZE, rng_for(self.seed, "sketch", name))
+        shape = matrix_shape(weights.shape) if name in self.matrices and not self.origin else None
+        buckets = np.zeros((BUCKETS, shape[1]) if shape else (0, 0), dtype=np.float32)
+        sums, sketch = _passed(weights, self.seed, buckets)
+        if not np.isfinite(sums).all():
+            require_usable(weights)
+        self.sums[g, c] += sums
+        self.counts[g, c] += weights.count
         self.sketch[g] += sketch
         self.class_sketch[c] += sketch
-        self.reservoirs[g].add(name, task)
-        if task.ndim == 2:
-            self.ranks[g].append(stable_rank(task, self.seed))
+        priorities, places = draw_sample(self.seed, name, weights.count)
+        wanted = self.reservoirs[g].wanted(priorities)
+        self.reservoirs[g].offer(priorities[:wanted], weights.task_at(places[:wanted]))
+        if shape is not None:
+            found = _spectrum(weights, shape, buckets, float(sums[2]), self.seed)
+            if found is not None:
+                kind = self.matrices[name]
+                self.spectra[g, kind] = [*found.values, found.stable_rank, found.effective_rank]
+                self.left[g, kind] = found.left
+
+    def state(self, done: int) -> State:
+        """Everything that grows, for the partial file."""
+        arrays = {name: getattr(self, name) for name in ("sums", "counts", "sketch", "class_sketch", "spectra", "left")}
+        for i, reservoir in enumerate(self.reservoirs):
+            arrays |= {f"priorities.{i}": reservoir.priorities, f"kept.{i}": reservoir.kept}
+        return State(done=done, arrays=arrays)
+
+    def restore(self, state: State) -> None:
+        """Go on from a state of the same work."""
+        for name in ("sums", "counts", "sketch", "class_sketch", "spectra", "left"):
+            setattr(self, name, state.arrays[name].copy())
+        for i, reservoir in enumerate(self.reservoirs):
+            reservoir.priorities, reservoir.kept = state.arrays[f"priorities.{i}"], state.arrays[f"kept.{i}"]
 
 
-def measure_structure(source: TensorSource, base: TensorSource | None, seed: int = 0) -> Structure:
-    """Read every tensor once and summarise the task vector; memory is that of one tensor in float64.
+def measure_structure(
+    source: TensorSource, base: TensorSource | None, seed: int = 0, partial: Partial | None = None
+) -> Structure:
+    """Read every tensor once and summarise the task vector; one matrix of each block and kind is read twice.
+
+    Memory is that of a few blocks of a million entries and of a 64-row sketch of the widest matrix; beside it the
+    tensors that the sources hold: none of a plain checkpoint (its files are mapped), one of an adapter, whose tensors
+    are computed. Nothing depends on the dtype that equal values are stored in, on shards, or on threads.
 
     Args:
         source: the checkpoint's weights.
         base: the base's weights; None if the checkpoint is the base, whose task vector is zero.
         seed: seed of the sketch; one catalogue has one.
+        partial: where the state is kept, so that an interrupted pass goes on at the next tensor and ends with the
+            same numbers; None keeps none.
 
     Raises:
         IncompatibleError: base and checkpoint do not have the same tensors of the same shapes.
         FingerprintError: a weight is not finite, or there is no tensor.
+        WorkspaceError: the state cannot be written.
     """
     names = sorted(source.names())
     if not names:
         raise FingerprintError("the checkpoint has no tensors; check that the folder holds its weights")
     if base is not None:
         _require_same_names(names, sorted(base.names()))
-    totals = _empty(ordered_groups(names), seed)
-    for name in names:
-        own = _finite(name, source)
-        origin = _finite(name, base) if base is not None else own
-        if own.shape != origin.shape:
-            raise IncompatibleError(
-                f"tensor '{name}' has shape {own.shape} but {origin.shape} in the base; "
-                "task vectors need equal shapes: choose checkpoints of one architecture and vocabulary"
-            )
-        totals.add(name, origin, np.subtract(own, origin, dtype=np.float64))
+    totals = _empty(names, seed, base is None)
+    work = _digest(names, seed, base is None)
+    kept = partial.load(work) if partial is not None else None
+    if kept is not None:
+        totals.restore(kept)
+    done = 0 if kept is None else kept.done
+    for number, name in enumerate(names[done:], done + 1):
+        totals.add(weights_of(name, source, base))
+        if partial is not None:
+            partial.offer(work, lambda number=number: totals.state(number))
     return _finished(totals)
 
 
-def _empty(groups: tuple[str, ...], seed: int) -> _Totals:
+def _passed(weights: Weights, seed: int, buckets: Float32) -> tuple[Array, Array]:
+    """Sums, shape `(6,)`, and sketch of one tensor; the rows' buckets are added to where it is a matrix."""
+    sums, sketch = np.zeros(len(_SUMS)), np.zeros(SKETCH_SIZE)
+    key, row_key = key_for(seed, "sketch", weights.name), key_for(seed, "rows", weights.name)
+    for start, own, base in weights.blocks():
+        if weights.base is None:
+            kernels.take_origin(own, start, key, sums, sketch)
+        else:
+            kernels.take_block(own, base, start, key, row_key, sums, sketch, buckets)
+    return sums, sketch
+
+
+def _spectrum(weights: Weights, shape: tuple[int, int], buckets: Float32, squared: float, seed: int) -> Spectrum | None:
+    """Second pass over a matrix, along the directions that the first one found."""
+    directions, effective_rank = first_directions(buckets)
+    projections = np.zeros((shape[0], DIRECTIONS))
+    for start, own, base in weights.blocks():
+        kernels.project_block(own, base, start, directions, projections)
+    return spectrum_of(projections, effective_rank, squared, shape, seed)
+
+
+def _empty(names: Sequence[str], seed: int, origin: bool) -> _Totals:
+    groups = ordered_groups(names)
     shape = (len(groups), len(CLASSES))
+    spectra = np.zeros((len(groups), len(KINDS), LEADING + 2))
+    spectra[..., LEADING:] = np.nan
     return _Totals(
         groups=groups,
+        matrices=representatives(names),
         seed=seed,
-        base_sq=np.zeros(shape),
-        inner=np.zeros(shape),
-        task_sq=np.zeros(shape),
+        origin=origin,
+        sums=np.zeros((*shape, len(_SUMS))),
         counts=np.zeros(shape, dtype=np.int64),
         sketch=np.zeros((len(groups), SKETCH_SIZE)),
         class_sketch=np.zeros((len(CLASSES), SKETCH_SIZE)),
+        spectra=spectra,
+        left=np.zeros((len(groups), len(KINDS), LEADING, VECTOR_SIZE)),
         reservoirs=tuple(SampleReservoir(seed=seed, size=SAMPLE_SIZE) for _ in groups),
-        ranks=tuple([] for _ in groups),
     )
 
 
 def _finished(totals: _Totals) -> Structure:
-    ranks = [[r for r in found if not math.isnan(r)] for found in totals.ranks]
+    base_sq, inner, task_sq, task_abs, zeros, positive = (totals.sums[..., i] for i in range(len(_SUMS)))
+    sketch, nothing = _small(totals.sketch), np.zeros((0, 0), dtype=np.float32)
     return Structure(
         groups=totals.groups,
         seed=totals.seed,
         counts=totals.counts,
-        base_sq=_small(totals.base_sq),
-        weight_sq=_small(totals.base_sq + 2 * totals.inner + totals.task_sq),
-        base_inner=_small(totals.inner),
-        task_sq=_small(totals.task_sq),
-        sketch=_small(totals.sketch),
-        class_sketch=_small(totals.class_sketch),
+        base_sq=_small(base_sq),
+        weight_sq=_small(base_sq + 2 * inner + task_sq),
+        base_inner=_small(inner),
+        task_sq=_small(task_sq),
+        task_abs=_small(task_abs),
+        task_zeros=zeros.astype(np.int64),
+        task_positive=positive.astype(np.int64),
+        sketch=np.zeros_like(sketch) if totals.origin else sketch,
+        class_sketch=_small(np.zeros_like(totals.class_sketch) if totals.origin else totals.class_sketch),
+        weight_sketch=sketch if totals.origin else nothing,
         sample=_small(np.stack([reservoir.values() for reservoir in totals.reservoirs])),
-        stable_rank=_small(np.array([math.fsum(r) / len(r) if r else math.nan for r in ranks])),
+        singular_values=_small(totals.spectra[..., :LEADING]),
+        stable_rank=_small(totals.spectra[..., LEADING]),
+        effective_rank=_small(totals.spectra[..., LEADING + 1]),
+        left_subspace=round_significant(totals.left).astype(np.float16),
     )
 
 
-def _small(values: Array) -> npt.NDArray[np.float32]:
+def _small(values: Array) -> Float32:
     return round_significant(values).astype(np.float32)
 
 
-def _finite(name: str, source: TensorSource) -> npt.NDArray[np.float32]:
-    values: npt.NDArray[np.float32] = source.read_float(name).detach().cpu().numpy()
-    if not np.isfinite(values).all():
-        raise FingerprintError(
-            f"tensor '{name}' holds values that are not finite; the checkpoint is damaged or diverged, leave it out"
-        )
-    return values
+def _digest(names: Sequence[str], seed: int, origin: bool) -> str:
+    sizes = [SKETCH_SIZE, SAMPLE_SIZE, BUCKETS, DIRECTIONS, LEADING, VECTOR_SIZE]
+    return hashlib.sha256(json.dumps([list(names), seed, origin, sizes]).encode()).hexdigest()
 
 
 def _require_same_names(names: Sequence[str], base_names: Sequence[str]) -> None:

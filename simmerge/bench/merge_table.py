@@ -5,7 +5,8 @@ from typing import Any
 
 COLUMNS = ("operator", "ours s", "mergekit s", "ratio", "our MB", "their MB", "ratio", "x floor", "apart", "holds")
 _EXPLAINED = (
-    "Seconds of the merge without imports, best of the runs; ours with an fsync of every file, mergekit without.",
+    "Seconds of the merge without imports (and without loading our compiled code), best of the runs; ours with an",
+    "fsync of every file, mergekit without.",
     "MB: peak of anonymous memory of the whole process, imports included, highest of the runs.",
     "x floor: our seconds by those of reading the inputs and writing one output with fsync, with no arithmetic.",
     "apart: RMS of the two outputs' difference by that of the change; empty where a random draw decides, and for",

@@ -17,6 +17,7 @@ CacheOption = Annotated[Path, typer.Option("--workspace", "-w", help="Where chec
 OperatorOption = Annotated[
     list[str] | None, typer.Option("--operator", "-o", help="Operator to run, repeated for several; all if left out.")
 ]
+MarkdownOption = Annotated[Path | None, typer.Option("--markdown", help="Write the table to this file.")]
 BENCH_WORKSPACE = Path(".simmerge/bench")
 
 
@@ -65,7 +66,7 @@ def merge(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each engine; the best counts.")] = 3,
     quick: QuickOption = False,
     check: CheckOption = False,
-    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the table to this file.")] = None,
+    markdown: MarkdownOption = None,
     workspace: CacheOption = BENCH_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
@@ -129,6 +130,95 @@ def memory(
                     console().print(f"{key} failed: {row['error']}", style="red", markup=False, soft_wrap=True)
         _print_targets(result, only_failed=True)
     _check(result, check)
+
+
+@app.command("features", epilog=example("simmerge bench features", "simmerge bench features --quick --json --check"))
+def features(
+    quick: QuickOption = False,
+    check: CheckOption = False,
+    markdown: MarkdownOption = None,
+    workspace: CacheOption = BENCH_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Fingerprint checkpoints and compare all pairs: against reading the bytes, and against doing it pair by pair."""
+    offline()
+    from simmerge.bench.features import run
+    from simmerge.bench.features_table import markdown_of, tables
+
+    with _working() as progress:
+        result = run(workspace, quick=quick, progress=progress)
+    if markdown is not None:
+        from simmerge.files import write_atomic
+
+        write_atomic(markdown, markdown_of(result))
+    if as_json:
+        print_json(result)
+    else:
+        for title, columns, rows in tables(result):
+            console().print(f"[bold]{title}[/]")
+            _print_table(list(columns), rows)
+        _print_targets(result)
+    _check(result, check)
+
+
+@app.command("probes", epilog=example("simmerge bench probes", "simmerge bench probes --quick --json --check"))
+def probes(
+    seed: SeedOption = 0,
+    quick: QuickOption = False,
+    check: CheckOption = False,
+    workspace: CacheOption = BENCH_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how stable features are against the number of probes: what the default follows from."""
+    offline()
+    from simmerge.bench.probes import run
+
+    with _working():
+        result = run(workspace, seed=seed, quick=quick)
+    _print_plain(result, as_json)
+    _check(result, check)
+
+
+@app.command(
+    "scale",
+    epilog=example(
+        "simmerge bench scale", "simmerge bench scale --size 1000 --size 10000", "simmerge bench scale --quick"
+    ),
+)
+def scale(
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option("--size", help="Number of checkpoints, repeated for several; the default set if left out."),
+    ] = None,
+    quick: QuickOption = False,
+    check: CheckOption = False,
+    workspace: CacheOption = BENCH_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank all pairs of up to 10,000 planted fingerprints: seconds, memory and recall against scoring everything."""
+    offline()
+    from simmerge.bench.scale import SIZES, run
+
+    with _working() as progress:
+        result = run(workspace, sizes=tuple(sizes or SIZES), quick=quick, progress=progress)
+    _print_plain(result, as_json)
+    _check(result, check)
+
+
+def _print_plain(result: Mapping[str, Any], as_json: bool) -> None:
+    """Figures as they are: lists of rows as tables, the rest as lines; then the targets."""
+    if as_json:
+        print_json(result)
+        return
+    for name, value in result["figures"].items():
+        rows = cast("list[Any]", value) if isinstance(value, list) else []
+        if rows and all(isinstance(row, dict) for row in rows):
+            console().print(f"[bold]{name}[/]")
+            columns = list(cast("dict[str, Any]", rows[0]))
+            _print_table(columns, [[_cell(row.get(c, "")) for c in columns] for row in rows])
+        else:
+            console().print(f"{name}: {_cell(value)}", markup=False)
+    _print_targets(result)
 
 
 def _memory_cells(name: str, row: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """`simmerge fingerprint`, `rank` and `search`: from predictions to an answer."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +45,10 @@ SurrogateOption = Annotated[
 def fingerprint(
     names: NamesArgument = None,
     probes: ProbesOption = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Checkpoints at the same time.")] = 1,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Sketch gradients of the probe loss too: costs a backward pass.")
+    ] = False,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,13 +63,20 @@ def fingerprint(
                 made[name] = new
                 step(name)
 
-            project.fingerprints(texts).get([e.name for e in entries], progress=done)
+            store = project.fingerprints(texts, workers=workers, gradients=gradients)
+            found = store.get([e.name for e in entries], progress=done)
+    cut = max(f.behaviour.cut for f in found.values())
+    unknown = max(f.behaviour.unknown for f in found.values())
     if as_json:
         print_json({"probes": texts.digest, "made": [n for n, new in made.items() if new],
-                    "kept": [n for n, new in made.items() if not new]})  # fmt: skip
+                    "kept": [n for n, new in made.items() if not new], "cut": cut, "unknown": unknown})  # fmt: skip
     else:
         new = sum(made.values())
         console().print(f"{new} fingerprint(s) made, {len(made) - new} kept, over {len(texts.texts)} probes")
+        if cut:
+            console().print(f"{cut} probe(s) were longer than a fingerprint reads, and were cut")
+        if unknown:
+            console().print(f"{unknown} token(s) of the probes are unknown to the tokenizer")
 
 
 def ranking_rows(ranking: "Ranking", top: int) -> list[dict[str, Any]]:
@@ -97,8 +109,7 @@ def rank(
     The checkpoints' own scores on the tasks are features; those that the ledger lacks are measured once.
     """
     with opened(workspace) as project:
-        from simmerge.pipeline.predicting import prepare, rank_candidates, space_for, surrogate_of
-        from simmerge.search.candidates import candidates
+        from simmerge.pipeline.predicting import prepare, rank_space, space_for, surrogate_of
 
         model = surrogate_of(project, surrogate)
         with console(stderr=True).status("reading checkpoints") as status:
@@ -106,30 +117,47 @@ def rank(
                 project, names, task, project.probes(probes), progress=lambda s, n: status.update(f"{s} {n}")
             )
             space = space_for(size or [2], operator, seed=seed)
-            found = candidates(prepared.names, prepared.base, space, include=include or ())
-            ranking = rank_candidates(prepared, model, found, explained=top)
+            ranking = rank_space(
+                prepared, model, space, include=include or (), explained=top,
+                progress=lambda s, n: status.update(f"{s} {n}"),
+            )  # fmt: skip
     if as_json:
-        print_json({"candidates": ranking_rows(ranking, top), "considered": len(ranking.candidates),
+        filtered = None if ranking.prefilter is None else asdict(ranking.prefilter)
+        print_json({"candidates": ranking_rows(ranking, top), "considered": ranking.considered,
+                    "scored": ranking.scored, "prefilter": filtered,
                     "objective": {"tasks": list(ranking.objective.tasks), "scale": dict(ranking.objective.scale)},
                     "surrogate": model.why, "outside": ranking.outside})  # fmt: skip
         return
-    print_ranking(ranking, top)
+    print_ranking(ranking, top, grown=max(size or [2]) > 2)
     console().print(f"[dim]{model.why}[/]", soft_wrap=True)
 
 
-def print_ranking(ranking: "Ranking", top: int) -> None:
-    """The best candidates as a table."""
+def print_ranking(ranking: "Ranking", top: int, *, grown: bool = False) -> None:
+    """The best candidates as a table.
+
+    Args:
+        ranking: predictions.
+        top: how many to show.
+        grown: whether merges of more than two were asked for, which a filtered ranking grows from the best pairs.
+    """
     from rich.table import Table
 
     from simmerge.operators import label
 
-    table = Table("#", "merge", "predicted", "90 % interval", "why", title=f"{len(ranking.candidates)} candidates")
+    table = Table("#", "merge", "predicted", "90 % interval", "why", title=f"{ranking.considered:,} candidates")
     for place, c in enumerate(ranking.candidates[:top], 1):
         why = "\n".join(c.reasons[:2])
         table.add_row(str(place), label(c.recipe), f"{c.mean:.3f}", f"[{c.low:.3f}, {c.high:.3f}]", why)
     out = console()
     out.print(table)
     out.print("[dim]0 is the base, 1 as good as the best single checkpoint on every task.[/]")
+    if ranking.prefilter is not None:
+        out.print(
+            f"[dim]{ranking.scored:,} of {ranking.considered:,} were predicted in full; a pre-filter fitted to the "
+            f"surrogate chose them and holds an estimated {ranking.prefilter.recall:.1%} of the best 100 "
+            f"({ranking.prefilter.sample:,} residuals)."
+            + (" Merges of more than two were grown from the best pairs." if grown else "") + "[/]"
+        )  # fmt: skip
     if ranking.outside > 0.2:
         out.print(
             f"[yellow]{ranking.outside:.0%} of these lie outside of what the surrogate was trained on; "
@@ -173,9 +201,13 @@ def search(
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the root."""
-    app.command(epilog=example("simmerge fingerprint", "simmerge fingerprint german code --probes probes.jsonl"))(
-        fingerprint
-    )
+    app.command(
+        epilog=example(
+            "simmerge fingerprint",
+            "simmerge fingerprint german code --probes probes.jsonl",
+            "simmerge fingerprint --workers 2 --gradients",
+        )
+    )(fingerprint)
     app.command(
         epilog=example("simmerge rank german code reverse -t text_german -t text_code", "simmerge rank -k 2 -k 3")
     )(rank)

@@ -21,7 +21,7 @@ from simmerge.merge.jobs import Job
 from simmerge.merge.sources import Sources
 from simmerge.merge.workers import hold_freed_memory, spread
 from simmerge.operators import ResolvedStep, operator, resolve
-from simmerge.operators.kernels.flat import Batched, Flat, Int64
+from simmerge.operators.kernels.flat import Affines, Batched, Flat, Int64
 from simmerge.operators.kernels.operands import Affine, Blockwise, KernelCall, Operands
 from simmerge.recipe import Recipe, Slice, Stack, Step, step, steps
 
@@ -158,11 +158,15 @@ class MemoryMerger:
 
     def _plain(self, job: Job, node: Step, resolved: ResolvedStep, layout: FlatLayout, sink: Sink) -> None:
         """One step over checkpoints with the same coefficients everywhere: as few passes as its operator allows."""
+        if not layout.parts:
+            return
         made = self._at_once(job, node, resolved, layout)
         if made is None:
             self._by_tensor(job, node, layout, sink)
             return
         whole = self._whole(job, node, layout)
+        if isinstance(made, Affine) and self._device.type == "cpu":
+            made = Affines(np.tile(np.array(made.weights), (len(whole.names), 1)), made.lifted, whole)
         if isinstance(made, Batched):
             self._shared(made, whole, layout, sink)
         elif isinstance(made, Affine):

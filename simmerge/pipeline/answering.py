@@ -12,7 +12,7 @@ from simmerge.errors import UsageError
 from simmerge.files import write_atomic
 from simmerge.operators import label
 from simmerge.pipeline.evidence import Story, generate, report_data
-from simmerge.pipeline.predicting import Prepared, prepare, rank_candidates, space_for, surrogate_of
+from simmerge.pipeline.predicting import Prepared, prepare, rank_space, space_for, surrogate_of
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.ranking import Ranking
 from simmerge.pipeline.searching import Evaluated, Found, search
@@ -21,7 +21,6 @@ from simmerge.report.card import evidence_of
 from simmerge.report.console import AnswerPanel, BaselineTable, RankingTable, SpendTable
 from simmerge.report.data import ReportData, ranked, to_json
 from simmerge.report.page import write_report
-from simmerge.search.candidates import candidates
 from simmerge.surrogate.fit import FittedSurrogate
 
 Progress = Callable[[str, str], None]
@@ -139,8 +138,8 @@ def answer(
 
     prepared = prepare(project, names, tasks, project.probes(probes), progress=say)
     space = space_for(sizes, operators, seed=seed)
-    ranking = rank_candidates(prepared, model, candidates(prepared.names, prepared.base, space, include=include))
-    say("rank", f"{len(ranking.candidates)} candidates")
+    ranking = rank_space(prepared, model, space, include=include, progress=say)
+    say("rank", f"{ranking.considered} candidates")
     command = f"simmerge search {' '.join(prepared.names)} --budget {budget} --seed {seed}"
     return conclude(project, prepared, ranking, model, budget=budget, seed=seed, out=out, command=command, say=say)
 
@@ -181,7 +180,7 @@ def conclude(
         "digests": {name: prepared.digests[name] for name in (prepared.base, *prepared.names)},
         "tasks": {task.name: task.digest for task in prepared.tasks},
         "weights": list(prepared.objective.weights),
-        "candidates": len(ranking.candidates),
+        "candidates": ranking.considered,
         "first": ranking.candidates[0].recipe_id,
         "budget": budget,
         "seed": seed,

@@ -111,10 +111,15 @@ class Catalog:
         Raises:
             UnknownNameError: there is none of that name.
         """
-        known = [entry.name for entry in self._ledger.checkpoints()]
-        if name not in known:
-            raise UnknownNameError("checkpoint", name, known, "Add it with: simmerge catalog add PATH.")
-        return self._ledger.checkpoint(name)
+        return self._entries([name])[0]
+
+    def _entries(self, names: Sequence[str]) -> tuple[CheckpointEntry, ...]:
+        """Checkpoints by name; one look at the ledger for any number of them."""
+        known = {entry.name: entry for entry in self._ledger.checkpoints()}
+        for name in names:
+            if name not in known:
+                raise UnknownNameError("checkpoint", name, known, "Add it with: simmerge catalog add PATH.")
+        return tuple(known[name] for name in names)
 
     def experts(self, names: Sequence[str] | None = None) -> tuple[CheckpointEntry, ...]:
         """Checkpoints that can be merged: those with a base, all of one base; by default all of them.
@@ -125,7 +130,9 @@ class Catalog:
         entries = self._ledger.checkpoints()
         if not entries:
             raise UsageError("the catalog is empty; add checkpoints with: simmerge catalog add PATH --base NAME")
-        chosen = [self.entry(n) for n in dict.fromkeys(names)] if names else [e for e in entries if e.base is not None]
+        chosen = (
+            list(self._entries(tuple(dict.fromkeys(names)))) if names else [e for e in entries if e.base is not None]
+        )
         without = [entry.name for entry in chosen if entry.base is None]
         if without or not chosen:
             raise UsageError(
@@ -140,7 +147,7 @@ class Catalog:
         if foreign and names:
             reason = foreign[0].facts["lineage"]["reason"]
             raise IncompatibleError(f"'{foreign[0].name}' does not descend from '{foreign[0].base}': {reason}")
-        return tuple(entry for entry in chosen if entry not in foreign)
+        return tuple(entry for entry in chosen if _descends(entry))
 
     def check(self) -> tuple[Finding, ...]:
         """Compare every checkpoint with its base and with what was recorded when it was added."""
@@ -198,7 +205,7 @@ class Catalog:
         Raises:
             CheckpointError: a folder is gone, or is not what was added.
         """
-        entries = [self.entry(n) for n in names] if names is not None else list(self._ledger.checkpoints())
+        entries = self._entries(names) if names is not None else self._ledger.checkpoints()
         opened: dict[str, Source] = {}
         for entry in entries:
             checkpoint = self.opened(entry)

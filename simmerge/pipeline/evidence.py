@@ -141,14 +141,23 @@ def _checkpoints(project: Project, prepared: Prepared) -> list[CheckpointFacts]:
     return rows
 
 
-def _similarity(prepared: Prepared) -> Similarity:
-    prints = [prepared.fingerprints[name] for name in prepared.names]
+_SHOWN = 60
+"""Checkpoints in a heat map: more cannot be read."""
+
+
+def _similarity(prepared: Prepared, found: Found) -> Similarity:
+    """Likeness of all checkpoints; where there are too many, of those that were evaluated in merges first."""
+    names = prepared.names
+    if len(names) > _SHOWN:
+        used = [n for e in found.evaluated for n in e.candidate.recipe.sources()]
+        names = tuple(dict.fromkeys([*used, *names]))[:_SHOWN]
+    prints = [prepared.fingerprints[name] for name in names]
     matrices: list[SimilarityMatrix] = []
     for measure, title, meaning in MATRICES:
         values = pair_matrix(prints, measure)
         rows = tuple(tuple(None if v != v else float(v) for v in row) for row in values)
         matrices.append(SimilarityMatrix(measure=title, meaning=meaning, values=rows))
-    return Similarity(names=prepared.names, matrices=tuple(matrices))
+    return Similarity(names=names, matrices=tuple(matrices))
 
 
 def report_data(
@@ -177,13 +186,13 @@ def report_data(
                  seconds=prepared.seconds["fingerprint"]),
         SpendRow(stage="single scores", what="checkpoints scored once each", count=prepared.spent.models,
                  seconds=prepared.spent.evaluate_seconds, items=prepared.spent.items),
-        SpendRow(stage="rank", what="candidates predicted", count=len(ranking.candidates), seconds=ranking.seconds),
+        SpendRow(stage="rank", what="candidates predicted", count=ranking.scored, seconds=ranking.seconds),
         SpendRow(stage="evaluate and report", what="models evaluated now (the rest was in the ledger)",
                  count=spent.models, seconds=seconds, items=spent.items),
     ]  # fmt: skip
     exhaustive = Exhaustive(
-        full_evaluations=len(ranking.candidates), seconds=per_model * len(ranking.candidates),
-        items=items * len(ranking.candidates), basis="every candidate, at the mean cost of those evaluated now",
+        full_evaluations=ranking.considered, seconds=per_model * ranking.considered,
+        items=items * ranking.considered, basis="every candidate, at the mean cost of those evaluated now",
     )  # fmt: skip
     verdict = "" if parent is None else f"The best single parent is {parent.name}."
     notes = [
@@ -210,7 +219,7 @@ def report_data(
             parent=against,
         ),
         candidates=tuple(_candidates(ranking, found, dict(story.recorded), 60)),
-        similarity=_similarity(prepared),
+        similarity=_similarity(prepared, found),
         spent=Spend(rows=tuple(rows), full_evaluations=len(found.evaluated), exhaustive=exhaustive),
         baselines=story.baselines,
         ladder=(*story.ladder, _our_curve(found)),

@@ -7,6 +7,7 @@ from types import TracebackType
 
 from simmerge.errors import UnknownNameError, UsageError
 from simmerge.evaluate.tasks import Task, load_task, load_tasks
+from simmerge.features.defaults import default_probes
 from simmerge.features.probes import ProbeSet, load_probes
 from simmerge.ledger.store import SqlLedger
 from simmerge.ledger.values import CheckpointEntry
@@ -75,23 +76,19 @@ class Project:
         return tuple(chosen)
 
     def probes(self, path: Path | str | None = None) -> ProbeSet:
-        """The probe set of a file; by default the `probes.jsonl` beside the first task that has one.
+        """The probe set of a file; by default the `probes.jsonl` beside the first task that has one, else the shipped.
 
         Raises:
-            UsageError: no file is given and there is none beside the tasks.
+            FingerprintError: the file cannot be read or holds no probes.
         """
         if path is None:
             beside = [Path(entry.path).parent / "probes.jsonl" for entry in self.ledger.tasks()]
             path = next((file for file in beside if file.is_file()), None)
-        if path is None:
-            raise UsageError(
-                "no probes: give a JSONL or text file with --probes, or put probes.jsonl beside the tasks' YAMLs"
-            )
-        return load_probes(path)
+        return default_probes() if path is None else load_probes(path)
 
-    def fingerprints(self, probes: ProbeSet) -> FingerprintStore:
-        """Fingerprints of this workspace over a probe set."""
-        return FingerprintStore(self.workspace.fingerprints, self.catalog, probes)
+    def fingerprints(self, probes: ProbeSet, *, workers: int = 1, gradients: bool = False) -> FingerprintStore:
+        """Fingerprints of this workspace over a probe set; arguments as of `FingerprintStore`."""
+        return FingerprintStore(self.workspace.fingerprints, self.catalog, probes, workers=workers, gradients=gradients)
 
     def measurer(self, names: Sequence[str], tasks: Sequence[Task]) -> Measurer:
         """What evaluates checkpoints and recipes over `names` and their base; close its sources after use."""

@@ -11,6 +11,7 @@ from simmerge.evaluate.statistics import standard_error
 from simmerge.evaluate.tasks import Task
 from simmerge.features.candidates import CandidateFeatures
 from simmerge.features.fingerprint import Fingerprint
+from simmerge.merge.workers import default_workers
 from simmerge.pipeline.table import scales
 from simmerge.recipe import Recipe
 from simmerge.surrogate.explain import top_reasons
@@ -121,6 +122,23 @@ class RankedCandidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefilterReport:
+    """How a ranking that did not score every candidate chose which to score.
+
+    Attributes:
+        recall: estimated share of the best that are among the scored; see `allpairs`.
+        sample: number of residuals of held-out candidates that the estimate rests on.
+        r2: share of the variance of the surrogate's predictions on held-out pairs that the pre-filter explains.
+        held_out: number of candidates that `r2` was measured on.
+    """
+
+    recall: float
+    sample: int
+    r2: float
+    held_out: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
     """Candidates, best predicted first; equal predictions by id.
 
@@ -129,12 +147,18 @@ class Ranking:
         objective: what was predicted.
         outside: share of the feature rows that lie outside of the surrogate's training range.
         seconds: what predicting all of them took.
+        considered: number of candidates that were looked at, by the pre-filter at least.
+        scored: number of candidates that the surrogate itself predicted.
+        prefilter: how those were chosen; None where all were predicted.
     """
 
     candidates: tuple[RankedCandidate, ...]
     objective: Objective
     outside: float
     seconds: float = 0.0
+    considered: int = 0
+    scored: int = 0
+    prefilter: PrefilterReport | None = None
 
 
 def rank(
@@ -187,7 +211,14 @@ def rank(
             )
         )
     outside = float(np.mean(surrogate.outside(features)))
-    return Ranking(candidates=tuple(found), objective=target, outside=outside, seconds=seconds)
+    return Ranking(
+        candidates=tuple(found),
+        objective=target,
+        outside=outside,
+        seconds=seconds,
+        considered=len(recipes),
+        scored=len(recipes),
+    )
 
 
 def reasons(surrogate: FittedSurrogate, rows: np.ndarray, count: int = 3) -> tuple[str, ...]:
@@ -202,11 +233,17 @@ def extractor_for(
     tasks: Sequence[Task],
     scale: Mapping[str, float],
 ) -> CandidateFeatures:
-    """Features of a catalogue's candidates on its tasks."""
+    """Features of a catalogue's candidates on its tasks.
+
+    Fingerprints that are a plain dictionary are checked now; of another mapping, which may read them from files,
+    each is checked when it is first used.
+    """
     return CandidateFeatures(
         fingerprints=fingerprints,
         base=base,
         scores=singles,
         scales=scale,
         domains={task.name: task.domain for task in tasks},
+        on_use=not isinstance(fingerprints, dict),
+        threads=default_workers(),
     )

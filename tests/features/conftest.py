@@ -49,6 +49,7 @@ class Zoo:
             "model": self.models[name],
             "tokenizer": self.tokenizer,
             "probes": probes or self.probes,
+            "gradients": True,
         }
         if name != "base":
             own = self.fingerprints["base"] if probes is None else self.make("base", probes)

@@ -12,13 +12,15 @@ from safetensors.numpy import save_file
 from simmerge.errors import FingerprintError, IncompatibleError
 from simmerge.features import behaviour
 from simmerge.features.fingerprint import (
+    FORMAT_VERSION,
     Fingerprint,
     load_fingerprint,
     require_comparable,
     save_fingerprint,
     to_bytes,
 )
-from simmerge.features.probes import ProbeSet
+from simmerge.features.places import choose
+from simmerge.features.probes import ProbeSet, tokenize
 from simmerge.features.structure import measure_structure
 
 
@@ -48,7 +50,8 @@ def test_losses_are_those_of_the_model(zoo: Any) -> None:
 def test_the_support_is_the_true_token_then_the_likeliest_of_the_base(zoo: Any) -> None:
     base, other = (zoo.fingerprints[n].behaviour for n in ("base", "two"))
     row = 0
-    for text in zoo.probes.texts:
+    for index in choose(tokenize(zoo.probes, zoo.tokenizer), 288).order:
+        text = zoo.probes.texts[index]
         ids, output = answers(zoo, "base", text)
         theirs = answers(zoo, "two", text)[1].logits[0].log_softmax(-1).numpy()
         own = output.logits[0].log_softmax(-1).numpy()
@@ -119,7 +122,7 @@ def test_the_path_of_large_models_agrees_and_leaves_the_model_as_it_was(
     finally:
         model.eval()
     np.testing.assert_allclose(found.log_probs, exact.log_probs, rtol=1e-4)
-    np.testing.assert_allclose(found.gram, exact.gram, atol=1e-5)
+    np.testing.assert_allclose(found.gram, exact.gram, rtol=1e-3, atol=1e-5)  # the last bit of a float16
     np.testing.assert_allclose(found.attention, exact.attention, atol=2e-3)
 
 
@@ -129,11 +132,11 @@ def test_a_long_probe_set_is_sampled_evenly_and_stays_small(zoo: Any) -> None:
     found = zoo.make("one", probes)
     held = found.behaviour
     assert held.log_probs.shape == (512, 50)
-    assert held.hidden.shape == (3, 128, 64)
+    assert held.hidden.shape == (3, 32, 64)
     per_probe = np.bincount(held.position_probe, minlength=12)
     tokens = held.probe_tokens / held.probe_tokens.sum() * 512
     assert np.abs(per_probe - tokens).max() <= 1
-    assert len(to_bytes(found)) < 400_000
+    assert len(to_bytes(found)) < 600_000
 
 
 def test_it_reads_back_as_it_was_written(zoo: Any, tmp_path: Path) -> None:
@@ -173,7 +176,7 @@ def test_other_files_and_newer_formats_are_named(zoo: Any, tmp_path: Path) -> No
     with pytest.raises(FingerprintError, match="is no fingerprint"):
         load_fingerprint(tmp_path / "weights")
     content = to_bytes(zoo.fingerprints["one"])
-    (tmp_path / "new").write_bytes(content.replace(b'\\"version\\": 1', b'\\"version\\": 9'))
+    (tmp_path / "new").write_bytes(content.replace(b'\\"version\\": %d' % FORMAT_VERSION, b'\\"version\\": 9'))
     with pytest.raises(FingerprintError, match="format 9"):
         load_fingerprint(tmp_path / "new")
 

@@ -10,7 +10,8 @@ import torch
 from simmerge.errors import FingerprintError, UnknownNameError
 from simmerge.features import pairs
 from simmerge.features.measures import linear_cka
-from simmerge.features.probes import ProbeSet
+from simmerge.features.places import choose, hidden_rows
+from simmerge.features.probes import ProbeSet, tokenize
 
 EXPERTS = ("one", "two", "three")
 
@@ -23,8 +24,8 @@ def observed(zoo: Any, name: str) -> tuple[list[np.ndarray], np.ndarray, list[to
     hidden: list[list[np.ndarray]] = []
     log_p, attention = [], []
     model.double()
-    for text in zoo.probes.texts:
-        ids = torch.tensor([zoo.tokenizer(text)["input_ids"]])
+    for index in choose(tokenize(zoo.probes, zoo.tokenizer), 288).order:
+        ids = torch.tensor([zoo.tokenizer(zoo.probes.texts[index])["input_ids"]])
         with torch.no_grad():
             out = model(input_ids=ids, output_hidden_states=True, output_attentions=True)
         hidden.append([h[0, 1:].numpy() for h in out.hidden_states])
@@ -44,8 +45,9 @@ def test_hidden_states_against_the_definition(zoo: Any) -> None:
     found = pairs.symmetric_measures(zoo.fingerprints["one"], zoo.fingerprints["three"])
     a, b = observed(zoo, "one")[0], observed(zoo, "three")[0]
     cka = [linear_cka(x, y) for x, y in zip(a, b, strict=True)]
+    kept = hidden_rows(len(a[0]))
     cosine = [
-        np.mean([x @ y / math.sqrt((x @ x) * (y @ y)) for x, y in zip(p, q, strict=True)])
+        np.mean([x @ y / math.sqrt((x @ x) * (y @ y)) for x, y in zip(p[kept], q[kept], strict=True)])
         for p, q in zip(a, b, strict=True)
     ]
     for name, values in (("cka", cka), ("hidden_cosine", cosine)):
@@ -56,21 +58,19 @@ def test_hidden_states_against_the_definition(zoo: Any) -> None:
         assert found[f"{name}_slope"] == pytest.approx(np.polyfit([0, 0.5, 1], values, 1)[0], abs=5e-4)
 
 
-def test_kl_on_the_support_against_the_definition_and_below_the_full_one(zoo: Any) -> None:
+def test_kl_is_the_full_one_and_js_that_of_the_outcomes(zoo: Any) -> None:
     support = zoo.fingerprints["base"].behaviour.support
     full = {n: observed(zoo, n)[1] for n in ("one", "two")}
     coarse = {}
     for name, log_p in full.items():
         kept = np.take_along_axis(np.exp(log_p), support, axis=1)
         coarse[name] = np.concatenate([kept, 1 - kept.sum(1, keepdims=True)], axis=1)
-    p, q = coarse["one"], coarse["two"]
-    expected = np.sum(p * np.log(p / q), axis=1)
+    expected = np.sum(np.exp(full["one"]) * (full["one"] - full["two"]), axis=1)
     found = pairs.directed_measures(zoo.fingerprints["one"], zoo.fingerprints["two"])
-    assert found["kl_mean"] == pytest.approx(expected.mean(), rel=1e-3)
-    assert found["kl_max"] == pytest.approx(expected.max(), rel=1e-3)
-    assert found["kl_median"] == pytest.approx(np.median(expected), rel=1e-3)
-    true = np.sum(np.exp(full["one"]) * (full["one"] - full["two"]), axis=1)
-    assert np.all(expected <= true + 1e-9)
+    assert found["kl_mean"] == pytest.approx(expected.mean(), abs=1e-5)
+    assert found["kl_max"] == pytest.approx(expected.max(), abs=1e-4)
+    assert found["kl_median"] == pytest.approx(np.median(expected), abs=1e-4)
+    p, q = coarse["one"], coarse["two"]
     middle = (p + q) / 2
     js = (np.sum(p * np.log(p / middle), 1) + np.sum(q * np.log(q / middle), 1)) / 2
     symmetric = pairs.symmetric_measures(zoo.fingerprints["one"], zoo.fingerprints["two"])
@@ -87,7 +87,7 @@ def test_attention_against_the_definition_where_nothing_is_compressed(zoo: Any) 
         attention = observed(_with_probes(zoo, small), name)[2]
         rows[name] = [np.concatenate([a[..., q, : q + 1] for q in range(1, a.shape[-1])], -1) for a in attention]
     a, b = (np.concatenate(rows[n], axis=-1) for n in made)
-    assert a.shape[-1] <= 96
+    assert a.shape[-1] <= 64
     cosine = np.sum(a * b, -1) / np.sqrt(np.sum(a * a, -1) * np.sum(b * b, -1))
     found = pairs.symmetric_measures(made["one"], made["two"])
     assert found["attention_cosine_mean"] == pytest.approx(cosine.mean(), abs=3e-4)
@@ -186,10 +186,7 @@ def test_the_order_of_probes_has_no_part_in_summaries(zoo: Any) -> None:
     names = ("one", "two")
     there = pairs.pair_features(*(zoo.fingerprints[n] for n in names))
     back = pairs.pair_features(*(zoo.make(n, moved) for n in names))
-    # Attention of wide patterns is hashed by place in the order: it moves within its error.
-    same = [n for n in there if not n.startswith("attention")]
-    assert {n: back[n] for n in same} == pytest.approx({n: there[n] for n in same}, rel=2e-3, abs=1e-6)
-    assert back["attention_cosine_mean"] == pytest.approx(there["attention_cosine_mean"], abs=0.1)
+    assert {n: back[n] for n in there} == pytest.approx({n: there[n] for n in there}, rel=1e-12, abs=1e-15)
 
 
 def test_domains_part_the_probes(zoo: Any) -> None:

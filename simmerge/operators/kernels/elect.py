@@ -120,7 +120,7 @@ def _split(block: Block, cut: Cut) -> int:
 
 def _energies(block: Block, cut: Cut) -> torch.Tensor:
     """Sums of squares of what is selected of each task vector in a block."""
-    if jit.suits(block.stack):
+    if jit.suits(block):
         bound, judged = np.float32(cut.threshold), variance(block).numpy()
         return torch.as_tensor(
             native.energies(block.changes().numpy(), 0, block.stop - block.start, judged, bound, _split(block, cut))
@@ -136,7 +136,7 @@ def _selected(block: Block, cut: Cut) -> list[torch.Tensor]:
 
 def _erased(block: Block, cut: Cut, weights: Sequence[float]) -> torch.Tensor:
     """The merged block: minorities erased, the rest weighted."""
-    if jit.suits(block.stack):
+    if jit.suits(block):
         out = torch.empty_like(block.origin())
         bound, judged, scale = np.float32(cut.threshold), variance(block).numpy(), np.array(weights, dtype=np.float32)
         changes, origin, split = block.changes().numpy(), block.origin().numpy(), _split(block, cut)

@@ -126,12 +126,12 @@ class Flat(Operands):
 
         return self.remember(("shares", count), make)
 
-    def ordered(self) -> tuple[Float32, npt.NDArray[np.int64]]:
+    def ordered(self) -> tuple[Float32, npt.NDArray[np.integer]]:
         """Magnitudes of the task vectors, largest first by tensor, and where they stand in it, each `[m, n]`."""
 
-        def make() -> tuple[Float32, npt.NDArray[np.int64]]:
+        def make() -> tuple[Float32, npt.NDArray[np.integer]]:
             sizes = np.abs(self.changes())
-            order = np.zeros(sizes.shape, dtype=np.int64)
+            order = np.zeros(sizes.shape, dtype=np.int32 if self.numel < 1 << 31 else np.int64)
             for start, stop in self.spans.tolist():
                 for k in range(len(self)):
                     order[k, start:stop] = np.argsort(-sizes[k, start:stop], kind="stable")
@@ -252,7 +252,7 @@ def _from_order(flat: Flat, index: int, counts: Int64) -> tuple[Float32, Int64]:
     bounds, last = sizes[index][place], order[index][place]
     every, none = (counts >= whole) | (bounds == 0), counts <= 0
     bounds = np.where(none, np.float32(np.inf), np.where(every, np.float32(0), bounds))
-    return bounds.astype(np.float32), np.where(none | every, -1, last)
+    return bounds.astype(np.float32), np.where(none | every, -1, last).astype(np.int64)
 
 
 def streams(operands: Operands, use: str) -> UInt64:

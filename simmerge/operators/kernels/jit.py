@@ -1,16 +1,27 @@
 """Loops compiled for the processor, in the interpreter's words: one pass where torch's operations need a dozen."""
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
 import numba
-import torch
+
+if TYPE_CHECKING:
+    import torch  # features are computed without it
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def suits(tensor: torch.Tensor) -> bool:
+class OnDevice(Protocol):
+    """A tensor, or a block of some."""
+
+    @property
+    def device(self) -> "torch.device":
+        """Where it is."""
+        ...
+
+
+def suits(tensor: OnDevice) -> bool:
     """Whether compiled passes can read a tensor: it is on the processor; elsewhere torch does the same."""
     return tensor.device.type == "cpu"
 

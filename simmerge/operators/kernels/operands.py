@@ -21,29 +21,55 @@ T = TypeVar("T")
 
 
 class Block:
-    """A part of every operand, in float32 and in one shape.
+    """A part of every operand, in float32 and in one shape; widened when it is asked for.
 
     Args:
         start: index of its first entry in the flattened tensor.
         stop: index after its last entry.
-        stack: the inputs, `[m, entries]` by entries, `[m, rows, columns]` by rows, `[m, …]` in the tensor's own
-            shape by tensor. Not to be written to.
+        inputs: the inputs' parts as they are stored, one dimension each.
         base: the base's part, where there is a base.
+        shape: of each part when it is handed out: `[entries]` by entries, `[rows, columns]` by rows, the tensor's
+            own by tensor.
     """
 
-    __slots__ = ("_memory", "base", "stack", "start", "stop")
+    __slots__ = ("_base", "_inputs", "_memory", "_shape", "start", "stop")
 
-    def __init__(self, start: int, stop: int, stack: torch.Tensor, base: torch.Tensor | None) -> None:
+    def __init__(
+        self, start: int, stop: int, inputs: Sequence[torch.Tensor], base: torch.Tensor | None, shape: Sequence[int]
+    ) -> None:
         self.start = start
         self.stop = stop
-        self.stack = stack
-        self.base = base
+        self._inputs = tuple(inputs)
+        self._base = base
+        self._shape = tuple(shape)
         self._memory: dict[object, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of every part."""
+        return self._inputs[0].device
+
+    @property
+    def stack(self) -> torch.Tensor:
+        """The inputs, `[m, …]` float32; not to be written to."""
+        return self.remember("stack", self._widened)
+
+    def _widened(self) -> torch.Tensor:
+        stack = torch.empty((len(self._inputs), self.stop - self.start), dtype=torch.float32, device=self.device)
+        for row, part in zip(stack, self._inputs, strict=True):
+            row.copy_(part)
+        return stack.reshape(len(self._inputs), *self._shape)
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """One tensor per input; not to be written to."""
         return self.stack.unbind(0)
+
+    @property
+    def base(self) -> torch.Tensor | None:
+        """The base's part, float32, where there is a base; not to be written to."""
+        base = self._base
+        return None if base is None else self.remember("base", lambda: base.float().reshape(self._shape))
 
     def remember(self, key: object, make: Callable[[], T]) -> T:
         """`make()`, computed once; the blocks of small tensors are looked at twice and live as long as these."""
@@ -53,7 +79,37 @@ class Block:
 
     def changes(self) -> torch.Tensor:
         """Task vectors, every input minus the base, in the shape of `stack`; not to be written to."""
-        return self.remember("changes", lambda: self.stack - self.origin())
+        return self.remember("changes", self._changes)
+
+    def _changes(self) -> torch.Tensor:
+        if self._base is None or not self._stored_as_bits((*self._inputs, self._base)):
+            return self.stack - self.origin()
+        # One pass over the stored bits gives the base and all task vectors.
+        changes = torch.empty((len(self._inputs), self.stop - self.start))
+        origin = torch.empty(self.stop - self.start)
+        self._subtract(self._inputs, self._base, origin, changes)
+        self._memory.setdefault("base", origin.reshape(self._shape))
+        return changes.reshape(len(self._inputs), *self._shape)
+
+    def anchored(self) -> torch.Tensor:
+        """The first input and the differences of the others from it, `[m, n]`."""
+        if len(self._inputs) == 1 or not self._stored_as_bits(self._inputs):
+            flat = self.stack.reshape(len(self._inputs), -1)
+            return torch.cat([flat[:1], flat[1:] - flat[:1]])
+        found = torch.empty((len(self._inputs), self.stop - self.start))
+        self._subtract(self._inputs[1:], self._inputs[0], found[0], found[1:])
+        return found
+
+    @staticmethod
+    def _stored_as_bits(parts: Sequence[torch.Tensor]) -> bool:
+        return jit.suits(parts[0]) and all(part.dtype == torch.bfloat16 for part in parts)
+
+    @staticmethod
+    def _subtract(
+        inputs: Sequence[torch.Tensor], below: torch.Tensor, origin: torch.Tensor, changes: torch.Tensor
+    ) -> None:
+        bits = tuple(part.view(torch.uint16).numpy() for part in (*inputs, below))
+        native.widened_changes(bits[:-1], bits[-1], origin.numpy(), changes.numpy())
 
     def deltas(self) -> tuple[torch.Tensor, ...]:
         """Task vectors one by one; not to be written to."""
@@ -156,12 +212,14 @@ class Operands:
             by: how to cut: into runs of entries, into whole rows, or not at all.
         """
         if by == "tensor":
-            yield Block(0, self.numel, torch.stack(self.floats()), self.float_base())
+            flat = [t.reshape(-1) for t in self.floats()]
+            base = self.float_base()
+            yield Block(0, self.numel, flat, None if base is None else base.reshape(-1), self.shape)
             return
         if not self.numel:
             return
-        if self.numel <= _SMALL:
-            # Operators look twice at a tensor: a small one is widened once.
+        if self.keep or self.numel <= _SMALL:
+            # Operators look twice at a tensor: a small one is widened once, and what is kept is cut once.
             yield from self.remember(("blocks", by), lambda: list(self._cut(by)))
         else:
             yield from self._cut(by)
@@ -172,14 +230,11 @@ class Operands:
         inputs = [t.reshape(-1) for t in (self.floats() if self.keep else self.stored)]
         base = self.float_base() if self.keep else self.stored_base
         flat_base = None if base is None else base.reshape(-1)
-        shape = (-1, columns) if by == "rows" else (-1,)
         for start in range(0, self.numel, step):
             stop = min(start + step, self.numel)
-            stack = torch.empty((len(inputs), stop - start), dtype=torch.float32, device=self.device)
-            for row, tensor in zip(stack, inputs, strict=True):
-                row.copy_(tensor[start:stop])
-            origin = None if flat_base is None else flat_base[start:stop].float().reshape(shape)
-            yield Block(start, stop, stack.reshape(len(inputs), *shape), origin)
+            shape = ((stop - start) // columns, columns) if by == "rows" else (stop - start,)
+            origin = None if flat_base is None else flat_base[start:stop]
+            yield Block(start, stop, [t[start:stop] for t in inputs], origin, shape)
 
 
 class Blockwise(Protocol):

@@ -63,7 +63,7 @@ def gram(operands: Operands, of: str) -> Float64:
     def vectors(block: Block) -> torch.Tensor:
         if of == "deltas":
             return block.changes()
-        return torch.cat([block.stack[:1], block.stack[1:] - block.stack[:1]])
+        return block.anchored()
 
     def make() -> Float64:
         size = len(operands)
@@ -269,11 +269,12 @@ def _bracket(sample: npt.NDArray[np.float32], n: int, counts: list[int]) -> dict
 def _strided(operands: Operands, stride: int, columns: int) -> Block:
     def of(tensor: torch.Tensor) -> torch.Tensor:
         flat = tensor.reshape(-1) if columns == 1 else tensor.reshape(-1, columns)
-        return flat[::stride].float()
+        return flat[::stride].reshape(-1)
 
-    stack = torch.stack([of(t) for t in operands.stored])
-    base = operands.stored_base
-    return Block(0, stack[0].numel(), stack, None if base is None else of(base))
+    inputs, base = [of(t) for t in operands.stored], operands.stored_base
+    count = inputs[0].numel()
+    shape = (count,) if columns == 1 else (count // columns, columns)
+    return Block(0, count, inputs, None if base is None else of(base), shape)
 
 
 def _strided_rows(operands: Operands) -> Block:

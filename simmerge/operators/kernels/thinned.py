@@ -121,11 +121,11 @@ class Picks:
             return self.operands.sums(np.stack(rows), self.by)
         parts: list[Float64] = []
         # A row whose chances are all the same has no use for ranks, and no need of them.
-        rises = bool((self.odds[:, :, 1] > 0).all())
+        rises = bool((self.odds[:, self.kinds == native.RANKED, 1] > 0).all())
         for block in self.operands.blocks(self.by):
             if self.ranked and rises and not self.operands.keep:
                 self.mask_by_rank(block)
-            if jit.suits(block.stack):
+            if jit.suits(block):
                 changes = block.changes().reshape(m, -1).numpy()
                 ranks = _NO_RANKS[:m] if block.start in self.packed else self.ranks(block)
                 numbers = (self.cuts[0], self.lasts[0], self.keys[0], self.odds[0])
@@ -222,7 +222,7 @@ class Thinned:
 
     def apply(self, block: Block) -> torch.Tensor:
         """The merged block."""
-        if not jit.suits(block.stack):
+        if not jit.suits(block):
             factors = self.factors[0].tolist()
             votes = [v if f == 1 else v * f for v, f in zip(self.picks.votes(block), factors, strict=True)]
             return self.combine(votes, block.origin())

@@ -9,7 +9,7 @@ from simmerge.operators.kernels.native.draws import random_mask, ranked_mask, wo
 from simmerge.operators.kernels.native.ranks import rank_mask, row_ranks
 from simmerge.operators.kernels.native.selection import energies, erased, variances
 from simmerge.operators.kernels.native.thinning import combined, sizes
-from simmerge.operators.kernels.native.vectors import affine, nearswap, products, rounded
+from simmerge.operators.kernels.native.vectors import affine, nearswap, products, rounded, widened_changes
 
 __all__ = [
     "ALL",
@@ -32,5 +32,6 @@ __all__ = [
     "row_ranks",
     "sizes",
     "variances",
+    "widened_changes",
     "words",
 ]

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from simmerge.operators.kernels.jit import compiled
-from simmerge.operators.kernels.native.common import CHUNK, LANES, ONE, Float32, Float64, Int64
+from simmerge.operators.kernels.native.common import CHUNK, LANES, ONE, Float32, Float64, Int64, UInt16
 
 
 @compiled
@@ -108,3 +108,29 @@ def nearswap(first: Float32, second: Float32, t: Any, out: Float32) -> None:
     for j in range(out.size):
         difference = second[j] - first[j]
         out[j] = first[j] + min(t / max(abs(difference), least), ONE) * difference
+
+
+@compiled
+def widened_changes(inputs: Any, base: UInt16, origin: Float32, changes: Float32) -> None:
+    """Task vectors and base of bfloat16 numbers, in float32.
+
+    Args:
+        inputs: stored bits, one vector `[n]` per input, a tuple.
+        base: the base's stored bits, `[n]`.
+        origin: where the base goes, `[n]`.
+        changes: where inputs minus base go, `[m, n]`.
+    """
+    shift = np.uint32(16)
+    bits = origin.view(np.uint32)
+    for start in range(0, base.size, CHUNK):
+        stop = min(start + CHUNK, base.size)
+        source, target, below = base[start:stop], bits[start:stop], origin[start:stop]
+        for j in range(source.size):
+            target[j] = np.uint32(source[j]) << shift
+        for k in range(len(inputs)):
+            own, row = inputs[k][start:stop], changes[k, start:stop]
+            wide = row.view(np.uint32)
+            for j in range(own.size):
+                wide[j] = np.uint32(own[j]) << shift
+            for j in range(own.size):
+                row[j] -= below[j]
