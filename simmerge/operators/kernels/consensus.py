@@ -87,7 +87,7 @@ def _rescaler(operands: Operands) -> float:
         return torch.stack([*sums, *masked])
 
     def make() -> float:
-        found = add_up([measured(block) for block in operands.blocks()])
+        found = add_up(measured(block) for block in operands.blocks())
         count = len(operands)
         pairs = zip(found[:count], found[count:], strict=True)
         rescalers = [whole / masked for whole, masked in pairs if masked > 0]

@@ -35,7 +35,7 @@ def sce(call: KernelCall) -> "Plan | Erased":
     if share < 1:
         varied = operands.remember("varied", lambda: _varied(operands))
         ((cut,),) = largest(operands, [Ranking("variance", variance, (int(varied * share),))])
-    energy = add_up([_energies(block, cut) for block in operands.blocks()]) or [0.0] * len(operands)
+    energy = add_up(_energies(block, cut) for block in operands.blocks()) or [0.0] * len(operands)
     weights = _by_energy(np.array([energy]), np.array([operands.numel]), floored=floored)[0].tolist()
     return Plan(lambda block: _erased(block, cut, weights))
 

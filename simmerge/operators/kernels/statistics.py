@@ -7,7 +7,7 @@ Floyd and Rivest 1975, https://doi.org/10.1145/360680.360691).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -35,12 +35,14 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return head + flat[whole:].double().sum() if whole < flat.numel() else head
 
 
-def add_up(parts: Sequence[torch.Tensor]) -> list[float]:
-    """Sums of equally long vectors (or scalars) over blocks, exactly rounded."""
-    if not parts:
-        return []
-    stacked = cast("list[list[float]]", torch.stack([p.reshape(-1) for p in parts]).tolist())  # pyright: ignore[reportUnknownMemberType]
-    return [math.fsum(column) for column in zip(*stacked, strict=True)]
+def add_up(parts: Iterable[torch.Tensor | Float64]) -> list[float]:
+    """Sums of equally long vectors (or scalars) over blocks, exactly rounded.
+
+    Parts are taken one by one and kept as Python's numbers: small arrays that outlive a block would sit in the
+    memory that the block frees, so that the next block would not fit there.
+    """
+    rows = [cast("list[float]", part.reshape(-1).tolist()) for part in parts]  # pyright: ignore[reportUnknownMemberType]
+    return [math.fsum(column) for column in zip(*rows, strict=True)]
 
 
 def products(vectors: torch.Tensor) -> torch.Tensor:
@@ -67,7 +69,7 @@ def gram(operands: Operands, of: str) -> Float64:
 
     def make() -> Float64:
         size = len(operands)
-        upper = add_up([products(vectors(block)) for block in operands.blocks()])
+        upper = add_up(products(vectors(block)) for block in operands.blocks())
         matrix = np.zeros((size, size))
         matrix[np.triu_indices(size)] = upper or [0.0] * (size * (size + 1) // 2)
         return matrix + np.triu(matrix, 1).T

@@ -5,7 +5,6 @@ for it, and a sum or an election of signs (`Combination`). On the CPU one compil
 accelerator torch does the same step by step. Letters: `t` tensors (1, or those of a `Flat`), `m` inputs.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ from simmerge.operators.kernels import jit, native
 from simmerge.operators.kernels.elect import signs
 from simmerge.operators.kernels.flat import Flat, names
 from simmerge.operators.kernels.operands import Affine, Block, By, Operands
-from simmerge.operators.kernels.statistics import Cut
+from simmerge.operators.kernels.statistics import Cut, add_up
 from simmerge.operators.spec import divisor
 
 Float32 = npt.NDArray[np.float32]
@@ -119,25 +118,23 @@ class Picks:
                 numbers = (self.cuts[t], self.lasts[t], self.keys[t], self.odds[t])
                 rows.append(native.sizes(changes, start, stop, first, self.kinds, *numbers, ranks, none))
             return self.operands.sums(np.stack(rows), self.by)
-        parts: list[Float64] = []
+        found = add_up(self._sizes(block) for block in self.operands.blocks(self.by)) or [0.0] * (2 * m)
+        return np.array(found).reshape(1, m, 2)
+
+    def _sizes(self, block: Block) -> Float64:
+        """Sums of absolute values of a block's task vectors before and after, `[m, 2]`."""
         # A row whose chances are all the same has no use for ranks, and no need of them.
         rises = bool((self.odds[:, self.kinds == native.RANKED, 1] > 0).all())
-        for block in self.operands.blocks(self.by):
-            if self.ranked and rises and not self.operands.keep:
-                self.mask_by_rank(block)
-            if jit.suits(block):
-                changes = block.changes().reshape(m, -1).numpy()
-                ranks = _NO_RANKS[:m] if block.start in self.packed else self.ranks(block)
-                numbers = (self.cuts[0], self.lasts[0], self.keys[0], self.odds[0])
-                kinds, masks = self.kinds_at(block), self.masks(block)
-                parts.append(native.sizes(changes, 0, changes.shape[1], block.start, kinds, *numbers, ranks, masks))
-            else:
-                pairs = zip(block.deltas(), self.votes(block), strict=True)
-                parts.append(np.array([[float(a.abs().double().sum()) for a in pair] for pair in pairs]))
-        if not parts:
-            return np.zeros((1, m, 2))
-        stacked = np.stack(parts).reshape(len(parts), -1)
-        return np.array([math.fsum(column) for column in stacked.T]).reshape(1, m, 2)
+        if self.ranked and rises and not self.operands.keep:
+            self.mask_by_rank(block)
+        if not jit.suits(block):
+            pairs = zip(block.deltas(), self.votes(block), strict=True)
+            return np.array([[float(a.abs().double().sum()) for a in pair] for pair in pairs])
+        changes = block.changes().reshape(len(self.kinds), -1).numpy()
+        ranks = _NO_RANKS[: len(changes)] if block.start in self.packed else self.ranks(block)
+        numbers = (self.cuts[0], self.lasts[0], self.keys[0], self.odds[0])
+        kinds, masks = self.kinds_at(block), self.masks(block)
+        return native.sizes(changes, 0, changes.shape[1], block.start, kinds, *numbers, ranks, masks)
 
     def whole_ranks(self) -> Float32:
         """Ranks of everything in a `Flat`, `[m, n]`, or nothing where none are needed."""
