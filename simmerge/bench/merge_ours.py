@@ -34,8 +34,9 @@ def _load(recipe: Recipe) -> None:
         return
     resolved = resolve(recipe.root)
     numbers, options = resolved.at("weight", 0.5)
-    base = torch.zeros(4, 8) if recipe.root.base is not None else None
-    inputs = [torch.full((4, 8), 0.5 + k) + torch.arange(8) for k in range(len(recipe.root.inputs))]
+    # In the checkpoints' dtype: another one has compiled code of its own.
+    base = torch.zeros(4, 8, dtype=torch.bfloat16) if recipe.root.base is not None else None
+    inputs = [(torch.full((4, 8), 0.5 + k) + torch.arange(8)).bfloat16() for k in range(len(recipe.root.inputs))]
     things = Operands("weight", inputs, base)
     run(resolved.spec.load(), KernelCall(operands=things, numbers=numbers, options=options))
 
