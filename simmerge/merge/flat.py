@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from simmerge.checkpoint.reader import TensorReader
-from simmerge.operators.kernels import native
+from simmerge.operators.kernels import jit, native
 
-_COMPILED = {torch.float32: 32, torch.bfloat16: 8, torch.float16: 16}
-"""Dtypes that a compiled pass rounds to, as float32 numbers, by what it calls them."""
+_BITS = {torch.float32: 32, torch.bfloat16: 8, torch.float16: 16}
+"""Dtypes that compiled passes round to, by what these call them."""
 _ALIGN = 16
 """Entries; every tensor begins on a cache line in float32, as tensors of their own do."""
 STEP = 1 << 18
@@ -95,11 +95,19 @@ class Sink:
                 slot = self._slots[part.name].reshape(-1)[low - part.start : high - part.start]
                 self._write(slot, values[low - start : high - start], part.dtype)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether `put` runs no operation of torch, so that several threads may call it."""
+        return self._flat is not None and _compiled(self._flat, self._layout.dtype)
+
     def _write(self, slot: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
-        if slot.device.type == "cpu" and slot.dtype == torch.float32 and dtype in _COMPILED:
+        if _compiled(slot, dtype):
+            source, bits = values.reshape(-1).numpy(), _BITS[dtype]
             # Collected, not summed up: several threads write.
-            bad = native.rounded(values.reshape(-1).numpy(), _COMPILED[dtype], slot.reshape(-1).numpy())
-            self._bad.append(bad)
+            if slot.dtype == torch.float32:
+                self._bad.append(native.rounded(source, bits, slot.reshape(-1).numpy()))
+            else:
+                self._bad.append(native.packed(source, bits, slot.reshape(-1).view(torch.uint16).numpy()))
             return
         rounded = values if dtype == torch.float32 else values.to(dtype)
         self._sums.append(rounded.sum(dtype=torch.float32))
@@ -111,6 +119,11 @@ class Sink:
         if any(self._bad):
             return False
         return not self._sums or bool(torch.isfinite(torch.stack(self._sums)).all())
+
+
+def _compiled(slot: torch.Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether a compiled pass can round float32 numbers to a dtype and write them to a slot."""
+    return jit.suits(slot) and slot.is_contiguous() and dtype in _BITS and slot.dtype in (torch.float32, dtype)
 
 
 @dataclass(slots=True)

@@ -185,10 +185,15 @@ class MemoryMerger:
 
         def work(segments: Int64) -> None:
             made.whole(segments, merged)
-            start, stop = int(segments[0, 0]), int(segments[-1, 1])
-            sink.put(start, merged[start:stop])
+            if sink.compiled:
+                start, stop = int(segments[0, 0]), int(segments[-1, 1])
+                sink.put(start, merged[start:stop])
 
         spread(work, shares)
+        if not sink.compiled:
+            # By this thread: every other one that calls torch gets threads of its own, and all are slow from then on.
+            for start, stop in layout.steps():
+                sink.put(start, merged[start:stop])
 
     def _at_once(
         self, job: Job, node: Step, resolved: ResolvedStep, layout: FlatLayout

@@ -71,6 +71,19 @@ def test_rounding_is_torchs(dtype: torch.dtype, bits: int, values: list[float]) 
     assert np.array_equal(out[finite].view(np.int32), want[finite].view(np.int32))
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.floats(width=32), min_size=1, max_size=70))
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 16)])
+def test_packed_bits_are_torchs(dtype: torch.dtype, bits: int, values: list[float]) -> None:
+    given_values = np.array(values, dtype=np.float32)
+    out = np.empty(len(values), dtype=np.uint16)
+    count = native.packed(given_values, bits, out)
+    want = torch.as_tensor(given_values).to(dtype)
+    finite = torch.isfinite(want).numpy()
+    assert count == np.count_nonzero(~finite)
+    assert np.array_equal(out[finite], want.view(torch.uint16).numpy()[finite])
+
+
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 1024, 5001])
 def test_inner_products_are_exact_to_float64(n: int) -> None:
     x = np.random.default_rng(1).standard_normal((3, n + 10)).astype(np.float32)

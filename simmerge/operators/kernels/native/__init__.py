@@ -9,7 +9,7 @@ from simmerge.operators.kernels.native.draws import random_mask, ranked_mask, wo
 from simmerge.operators.kernels.native.ranks import rank_mask, row_ranks
 from simmerge.operators.kernels.native.selection import energies, erased, variances
 from simmerge.operators.kernels.native.thinning import combined, sizes
-from simmerge.operators.kernels.native.vectors import affine, nearswap, products, rounded, widened_changes
+from simmerge.operators.kernels.native.vectors import affine, nearswap, packed, products, rounded, widened_changes
 
 __all__ = [
     "ALL",
@@ -24,6 +24,7 @@ __all__ = [
     "energies",
     "erased",
     "nearswap",
+    "packed",
     "products",
     "random_mask",
     "rank_mask",

@@ -102,6 +102,31 @@ def rounded(values: Float32, bits: int, out: Float32) -> int:
 
 
 @compiled
+def packed(values: Float32, bits: int, out: UInt16) -> int:
+    """As `rounded`, but written as the 16 bits of float16 (`bits` 16) or bfloat16 (8)."""
+    count, exponent = 0, np.uint32(0x7F800000)
+    raw = values.view(np.uint32)
+    if bits == 8:
+        for j in range(raw.size):
+            near = raw[j] + np.uint32(0x7FFF) + ((raw[j] >> np.uint32(16)) & np.uint32(1))
+            out[j] = np.uint16(near >> np.uint32(16))
+            count += ((near & exponent) == exponent) | ((raw[j] & exponent) == exponent)
+        return count
+    low, high, step = np.float32(2.0**-14), np.float32(65520.0), np.float32(2.0**24)
+    half = np.float32(0.5)
+    for j in range(raw.size):
+        near = raw[j] + np.uint32(0xFFF) + ((raw[j] >> np.uint32(13)) & np.uint32(1))
+        size = abs(values[j])
+        # A float16 exponent is 112 less than that of a float32; below 2^-14 the number is a count of 2^-24.
+        normal = ((near & np.uint32(0x7FFFFFFF)) >> np.uint32(13)) - np.uint32(112 << 10)
+        small = np.uint32(((min(size, low) + half) - half) * step)
+        sign = (raw[j] >> np.uint32(16)) & np.uint32(0x8000)
+        out[j] = np.uint16(sign | (small if size < low else normal))
+        count += not (size < high)
+    return count
+
+
+@compiled
 def nearswap(first: Float32, second: Float32, t: Any, out: Float32) -> None:
     """The first, moved to the second by the share min(1, t / |difference|), which is at least 1e-6 below."""
     least = np.float32(1e-6)
