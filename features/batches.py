@@ -98,8 +98,9 @@ class PairMeasures:
         forward, backward = np.empty((len(wanted), width)), np.empty((len(wanted), width))
         for part in self._parts(wanted):
             # Computed as (first by name, other), so that both orders give the same bits.
-            turned = np.array([wanted[i][0] > wanted[i][1] for i in part], dtype=np.bool_)
-            ordered = [(min(wanted[i]), max(wanted[i])) for i in part]
+            given: list[tuple[str, str]] = [wanted[int(i)] for i in part]
+            turned = np.array([a > b for a, b in given], dtype=np.bool_)
+            ordered = [(b, a) if a > b else (a, b) for a, b in given]
             slots = self._place([name for pair in ordered for name in pair]).reshape(-1, 2)
             found, one, other = self._measured(ordered, np.ascontiguousarray(slots.T))
             symmetric[part] = np.stack([found[name] for name in pairs.SYMMETRIC], axis=1)

@@ -76,7 +76,7 @@ class Packed:
         segment, row = self._place[index].T
         for number in np.unique(segment):
             here = segment == number
-            result[here] = self._segments[number].arrays[name][row[here]]
+            result[here] = self._segments[int(number)].arrays[name][row[here]]
         return result
 
 

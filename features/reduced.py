@@ -98,7 +98,8 @@ def _roots(f: Fingerprint) -> Array:
 def _top(f: Fingerprint) -> Array:
     chosen = top_entries(f.structure.sample, f.structure.counts).astype(np.float64)
     held = np.minimum(np.sum(f.structure.counts, axis=1), chosen.shape[1])
-    inside = np.arange(chosen.shape[1])[None, :] < held[:, None]
+    places: npt.NDArray[np.int64] = np.arange(int(chosen.shape[1]), dtype=np.int64)
+    inside = places[None, :] < held[:, None]
     share = np.sum(chosen, axis=1) / np.maximum(held, 1)
     return _sample(f, np.where(inside, chosen - share[:, None], 0.0))
 
