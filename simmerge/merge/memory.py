@@ -181,6 +181,8 @@ class MemoryMerger:
     def _shared(self, made: Batched, whole: Flat, layout: FlatLayout, sink: Sink) -> None:
         """All tensors in compiled passes, by as many threads as torch has."""
         merged = self._scratch(layout)
+        if whole.stored_base is not None:
+            whole.changes()  # by this thread and once: it is torch that makes them
         shares = whole.shares(torch.get_num_threads() if whole.numel >= _SHARED else 1)
 
         def work(segments: Int64) -> None:
