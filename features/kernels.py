@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simmerge.operators.kernels.jit import compiled
+from simmerge.operators.kernels.native.draws import mixed
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -32,21 +33,13 @@ STRIDE = 32
 """Entries that share one bit position of the 32 words of signs of a run."""
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_C1, _C2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _ZERO = np.float32(0)
 
 
 @compiled
 def word(key: Any, place: int) -> Any:
-    """Word `place` of the SplitMix64 stream that begins at `key`; any word can be had alone.
-
-    References:
-        Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195.
-    """
-    z = key + np.uint64(place + 1) * _GAMMA
-    z = (z ^ (z >> np.uint64(30))) * _C1
-    z = (z ^ (z >> np.uint64(27))) * _C2
-    return z ^ (z >> np.uint64(31))
+    """Word `place` of the SplitMix64 stream that begins at `key`; any word can be had alone."""
+    return mixed(key + np.uint64(place + 1) * _GAMMA)
 
 
 @compiled

@@ -6,20 +6,19 @@ fingerprint of a 1B model is.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from simmerge.bench.checkpoints import checkpoints, shape_of
 from simmerge.bench.features_growth import OURS, PEERS, TIMED, exponent, family, measure
 from simmerge.bench.merge_peer import STATUS
+from simmerge.bench.process import last_line
 from simmerge.bench.result import Target, report
 from simmerge.errors import UsageError, WorkspaceError
 from simmerge.features.defaults import default_probes
@@ -44,7 +43,6 @@ GROWTH_SIZE = "1m"
 LIKE: Mapping[str, str] = MappingProxyType({"ours_weights": "kinship", "ours": "mergeability_with_probes"})
 """Which of the peers' ways looks at the same things as one of ours."""
 _QUICK_TIMED = 2
-_TIMEOUT = 3600.0
 
 Progress = Callable[[str], None]
 
@@ -176,21 +174,13 @@ def child(job: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         WorkspaceError: it failed.
     """
-    # A checkout that is not installed is found by its path.
-    path = os.pathsep.join(p for p in (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")) if p)
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-P", "-m", "simmerge.bench.features_child"]
-    # By a pipe: one argument may have no more than 128 KiB, and probes are longer.
-    done = subprocess.run(
-        command, input=json.dumps(job), env=env, capture_output=True, text=True, timeout=_TIMEOUT, check=False
-    )
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [""]
+    got = last_line([sys.executable, "-P", "-m", "simmerge.bench.features_child"], given=json.dumps(job))
+    if "error" in got:
         raise WorkspaceError(
-            f"the bench's process for {job['kind']} of '{job['own']}' ended with {done.returncode}: {said[-1][:500]}; "
+            f"the bench's process for {job['kind']} of '{job['own']}' ended with {got['error'].removeprefix('exit ')}; "
             "free memory or run it again"
         )
-    return cast("dict[str, Any]", json.loads(done.stdout.splitlines()[-1]))
+    return got
 
 
 def _silent(_: str) -> None:

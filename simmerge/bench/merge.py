@@ -6,7 +6,6 @@ counts. Inputs lie in the page cache. Our seconds include an fsync of every file
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -14,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from simmerge.bench.checkpoints import INPUTS, checkpoints, shape_of
 from simmerge.bench.merge_cases import QUICK, Case, cases
 from simmerge.bench.merge_peer import STATUS
+from simmerge.bench.process import last_line
 from simmerge.bench.result import Target, report
 from simmerge.checkpoint import open_checkpoint
 from simmerge.checkpoint.reader import TensorReader
@@ -51,7 +51,6 @@ AGREEMENT = 0.15
 """Largest RMS of the outputs' difference, relative to that of the merge's change. Both outputs are rounded to
 bfloat16, and mergekit computes in it: 0.02 to 0.07 is usual; another definition gives 0.3 and more."""
 _PIECE = 1 << 20
-_TIMEOUT = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +100,7 @@ class _Bench:
 
     def _run(self, engine: str, command: list[str], job: Mapping[str, Any], out: Path) -> dict[str, Any]:
         request = json.dumps({**job, "out": str(out), "shard_bytes": self.shard_bytes, "threads": self.threads})
-        got = _child([*command, request], self.scratch)
+        got = last_line([*command, request], cwd=self.scratch)
         if "error" not in got:
             self.versions[engine] = got.pop("versions")
             got["bytes"] = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -179,24 +178,6 @@ def _peer(cache: Path, *, quick: bool) -> Path | None:
     if quick and not os.environ.get(VARIABLE) and not any(cache.glob("mergekit-*.json")):
         return None
     return mergekit_python(cache)
-
-
-def _child(command: list[str], cwd: Path) -> dict[str, Any]:
-    """The line of JSON that a process prints last, or `{"error": …}`."""
-    # A checkout that is not installed is found by its path; mergekit's interpreter ignores it (-I).
-    path = os.pathsep.join(p for p in (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")) if p)
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env = os.environ | offline | {"PYTHONPATH": path}
-    try:
-        done = subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=_TIMEOUT, check=False
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"error": f"no end after {_TIMEOUT:g} seconds"}
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [""]
-        return {"error": f"exit {done.returncode}: {said[-1][:500]}"}
-    return cast("dict[str, Any]", json.loads(done.stdout.splitlines()[-1]))
 
 
 def _row(case: Case, bench: _Bench, floor: Sequence[float]) -> dict[str, Any]:

@@ -81,10 +81,7 @@ def merge(
 
     with _working() as progress:
         result = run(workspace, size=size, operators=operators, repeats=repeats, quick=quick, progress=progress)
-    if markdown is not None:
-        from simmerge.files import write_atomic
-
-        write_atomic(markdown, markdown_of(result))
+    _write(markdown, markdown_of, result)
     if as_json:
         print_json(result)
     else:
@@ -147,10 +144,7 @@ def features(
 
     with _working() as progress:
         result = run(workspace, quick=quick, progress=progress)
-    if markdown is not None:
-        from simmerge.files import write_atomic
-
-        write_atomic(markdown, markdown_of(result))
+    _write(markdown, markdown_of, result)
     if as_json:
         print_json(result)
     else:
@@ -203,6 +197,14 @@ def scale(
         result = run(workspace, sizes=tuple(sizes or SIZES), quick=quick, progress=progress)
     _print_plain(result, as_json)
     _check(result, check)
+
+
+def _write(path: Path | None, markdown_of: Callable[[Mapping[str, Any]], str], result: Mapping[str, Any]) -> None:
+    """The result as Markdown, where a file was asked for."""
+    from simmerge.files import write_atomic
+
+    if path is not None:
+        write_atomic(path, markdown_of(result))
 
 
 def _print_plain(result: Mapping[str, Any], as_json: bool) -> None:

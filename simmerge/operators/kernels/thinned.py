@@ -71,8 +71,11 @@ class Picks:
         return bool((self.kinds == native.RANKED).any())
 
     def ranks(self, block: Block) -> Float32:
-        """Ranks of a block's entries in their rows, `[m, n]`; rows of inputs that need none are not to be read."""
-        if not self.ranked:
+        """Ranks of a block's entries in their rows, `[m, n]`; rows of inputs that need none are not to be read.
+
+        `[m, 0]` where no input needs them, or masks were kept in their place.
+        """
+        if not self.ranked or block.start in self.packed:
             return np.empty((len(self.kinds), 0), dtype=np.float32)
 
         def make() -> Float32:
@@ -131,9 +134,8 @@ class Picks:
             pairs = zip(block.deltas(), self.votes(block), strict=True)
             return np.array([[float(a.abs().double().sum()) for a in pair] for pair in pairs])
         changes = block.changes().reshape(len(self.kinds), -1).numpy()
-        ranks = _NO_RANKS[: len(changes)] if block.start in self.packed else self.ranks(block)
         numbers = (self.cuts[0], self.lasts[0], self.keys[0], self.odds[0])
-        kinds, masks = self.kinds_at(block), self.masks(block)
+        kinds, ranks, masks = self.kinds_at(block), self.ranks(block), self.masks(block)
         return native.sizes(changes, 0, changes.shape[1], block.start, kinds, *numbers, ranks, masks)
 
     def whole_ranks(self) -> Float32:
@@ -226,8 +228,7 @@ class Thinned:
         out = torch.empty_like(block.origin())
         changes = block.changes().reshape(len(self.picks.kinds), -1).numpy()
         segment = np.array([[0, changes.shape[1], block.start, 0]], dtype=np.int64)
-        ranks = _NO_RANKS[: len(changes)] if block.start in self.picks.packed else self.picks.ranks(block)
-        masks, kinds = self.picks.masks(block), self.picks.kinds_at(block)
+        kinds, ranks, masks = self.picks.kinds_at(block), self.picks.ranks(block), self.picks.masks(block)
         self._run(changes, block.origin().reshape(-1), out.view(-1), segment, kinds, ranks, masks)
         return out
 
@@ -251,9 +252,6 @@ class Thinned:
             ranks, masks, self.factors, np.array(weights, dtype=np.float32), np.float32(combine.lam),
             combine.election, combine.weighted, combine.normalize, np.float32(min(weights)),
         )  # fmt: skip
-
-
-_NO_RANKS = np.empty((64, 0), dtype=np.float32)
 
 
 def elect(votes: Sequence[torch.Tensor], weights: Sequence[float], *, weighted: bool, normalize: bool) -> torch.Tensor:

@@ -5,7 +5,7 @@ behind another in a vector, parts of these, or one block of a tensor), `t` tenso
 """
 
 from simmerge.operators.kernels.native.common import ALL, CHUNK, LARGEST, MASKED, MIDDLE, RANDOM, RANKED
-from simmerge.operators.kernels.native.draws import random_mask, ranked_mask, words
+from simmerge.operators.kernels.native.draws import mixed, random_mask, ranked_mask, words
 from simmerge.operators.kernels.native.ranks import rank_mask, row_ranks
 from simmerge.operators.kernels.native.selection import energies, erased, variances
 from simmerge.operators.kernels.native.thinning import combined, sizes
@@ -23,6 +23,7 @@ __all__ = [
     "combined",
     "energies",
     "erased",
+    "mixed",
     "nearswap",
     "packed",
     "products",

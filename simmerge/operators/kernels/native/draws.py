@@ -9,8 +9,16 @@ from simmerge.operators.kernels.native.common import C1, C2, CHUNK, FINE, ONE, Z
 
 
 @compiled
+def mixed(z: Any) -> Any:
+    """The output of SplitMix64 for a state (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195)."""
+    z = (z ^ (z >> np.uint64(30))) * C1
+    z = (z ^ (z >> np.uint64(27))) * C2
+    return z ^ (z >> np.uint64(31))
+
+
+@compiled
 def words(key: Any, gamma: Any, first: int, out: UInt64) -> None:
-    """Words `first`, `first + 1`, … of a SplitMix64 stream (Steele, Lea and Flood 2014).
+    """Words `first`, `first + 1`, … of a SplitMix64 stream.
 
     Args:
         key: start of the stream, uint64.
@@ -19,10 +27,7 @@ def words(key: Any, gamma: Any, first: int, out: UInt64) -> None:
         out: where to write them.
     """
     for j in range(out.size):
-        z = key + np.uint64(first + j + 1) * gamma
-        z = (z ^ (z >> np.uint64(30))) * C1
-        z = (z ^ (z >> np.uint64(27))) * C2
-        out[j] = z ^ (z >> np.uint64(31))
+        out[j] = mixed(key + np.uint64(first + j + 1) * gamma)
 
 
 @compiled
