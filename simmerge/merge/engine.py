@@ -8,7 +8,8 @@ import torch
 from simmerge.errors import MergeError, UsageError
 from simmerge.merge.layout import Layout, Node
 from simmerge.operators import ResolvedStep, resolve
-from simmerge.operators.kernels.operands import Blockwise, KernelCall, Operands, run
+from simmerge.operators.kernels import jit, native
+from simmerge.operators.kernels.operands import HALF_BITS, Affine, Blockwise, KernelCall, Operands, run
 from simmerge.recipe import Recipe, Slice, Stack, Step
 
 Read = Callable[[str, str], torch.Tensor]
@@ -83,12 +84,35 @@ class Engine:
         Args:
             tensor: name of a floating-point tensor of the output that has entries.
         """
-        call, made = self.plan(tensor)
+        yield from self._blocks(*self.plan(tensor))
+
+    @staticmethod
+    def _blocks(call: KernelCall, made: Blockwise | torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         if isinstance(made, torch.Tensor):
             yield 0, made.reshape(-1)
             return
         for block in call.operands.blocks(made.by):
             yield block.start, made.apply(block).reshape(-1)
+
+    def rounded(self, tensor: str, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same rounded to a dtype.
+
+        Raises:
+            MergeError: an entry is not finite then.
+        """
+        call, made = self.plan(tensor)
+        if not isinstance(made, Affine):
+            for start, part in self._blocks(call, made):
+                yield start, rounded(tensor, part, dtype)
+            return
+        for block in call.operands.blocks(made.by):
+            found = made.rounded(block, dtype)
+            if found is None:
+                yield block.start, rounded(tensor, made.apply(block).reshape(-1), dtype)
+                continue
+            if found[1]:
+                raise not_finite(tensor, dtype)
+            yield block.start, found[0]
 
     def plan(self, tensor: str) -> tuple[KernelCall, Blockwise | torch.Tensor]:
         """What the recipe's last step is called with for a tensor, and what its kernel makes of it."""
@@ -161,15 +185,26 @@ class Engine:
         )
 
 
-def require_finite(tensor: str, part: torch.Tensor) -> None:
-    """Refuse a rounded part of a tensor that has entries that are infinite or no numbers.
+def rounded(tensor: str, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A part of a tensor, `[n]`, rounded to a dtype, to nearest and ties to even.
 
     Raises:
-        MergeError: with the tensor's name and what to do.
+        MergeError: an entry is infinite or no number then.
     """
+    if dtype in HALF_BITS and part.dtype == torch.float32 and jit.suits(part) and part.is_contiguous():
+        out = torch.empty(part.shape, dtype=dtype)
+        if native.packed(part.numpy(), HALF_BITS[dtype], out.view(torch.uint16).numpy()):
+            raise not_finite(tensor, dtype)
+        return out
+    out = part.to(dtype)
     # A sum is finite only if every entry is, and costs a tenth of looking at each; it may overflow by itself.
-    if not bool(torch.isfinite(part.sum())) and not bool(torch.isfinite(part).all()):
-        raise MergeError(
-            f"tensor '{tensor}' of the merge is not finite in {part.dtype}; "
-            "use smaller coefficients or out_dtype: float32"
-        )
+    if out.is_floating_point() and not bool(torch.isfinite(out.sum())) and not bool(torch.isfinite(out).all()):
+        raise not_finite(tensor, dtype)
+    return out
+
+
+def not_finite(tensor: str, dtype: torch.dtype) -> MergeError:
+    """The error for a tensor that has entries that are infinite or no numbers."""
+    return MergeError(
+        f"tensor '{tensor}' of the merge is not finite in {dtype}; use smaller coefficients or out_dtype: float32"
+    )

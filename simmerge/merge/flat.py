@@ -8,8 +8,9 @@ import torch
 
 from simmerge.checkpoint.reader import TensorReader
 from simmerge.operators.kernels import jit, native
+from simmerge.operators.kernels.operands import HALF_BITS
 
-_BITS = {torch.float32: 32, torch.bfloat16: 8, torch.float16: 16}
+_BITS = {torch.float32: 32, **HALF_BITS}
 """Dtypes that compiled passes round to, by what these call them."""
 _ALIGN = 16
 """Entries; every tensor begins on a cache line in float32, as tensors of their own do."""

@@ -13,9 +13,8 @@ from simmerge.checkpoint.checkpoint import Checkpoint
 from simmerge.checkpoint.reader import TORCH_DTYPES
 from simmerge.checkpoint.stream import iter_bytes
 from simmerge.errors import UsageError
-from simmerge.files import atomic_folder, require_free
+from simmerge.files import atomic_folder, require_free, start_writeback
 from simmerge.merge.company import write_company
-from simmerge.merge.engine import require_finite
 from simmerge.merge.jobs import Job
 from simmerge.merge.shards import Output, Shard, index, shards
 from simmerge.merge.sources import Sources
@@ -25,6 +24,8 @@ from simmerge.recipe import Recipe
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file, as in transformers."""
+_WRITEBACK = 1 << 20
+"""Bytes after which the disk is asked to begin; small tensors wait for the flush at the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,15 +148,16 @@ def _write(
 
 def _write_tensor(job: Job, item: Output, descriptor: int, offset: int, wanted: bool) -> str:
     digest = hashlib.sha256() if wanted else None
-    dtype = TORCH_DTYPES[item.dtype]
-    for start, part in job.parts(item.name):
-        rounded = part.to(dtype)
-        if rounded.is_floating_point():
-            require_finite(item.name, rounded)
-        content = rounded.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    dtype, waiting = TORCH_DTYPES[item.dtype], offset
+    for start, part in job.parts(item.name, dtype):
+        content = part.contiguous().reshape(-1).view(torch.uint8).numpy().data
         if digest is not None:
             digest.update(content)
-        _write_at(descriptor, content, offset + start * rounded.element_size())
+        place = offset + start * part.element_size()
+        _write_at(descriptor, content, place)
+        if place + len(content) - waiting >= _WRITEBACK:
+            start_writeback(descriptor, waiting, place + len(content) - waiting)
+            waiting = place + len(content)
     return digest.hexdigest() if digest is not None else ""
 
 

@@ -8,7 +8,7 @@ import torch
 from simmerge.checkpoint.compatibility import HEADS
 from simmerge.checkpoint.header import TensorInfo
 from simmerge.checkpoint.reader import TORCH_DTYPES
-from simmerge.merge.engine import DTYPES, Engine, Prepare, Read
+from simmerge.merge.engine import DTYPES, Engine, Prepare, Read, rounded
 from simmerge.merge.layout import Layout
 from simmerge.merge.shards import Output
 from simmerge.merge.sources import Sources
@@ -100,15 +100,18 @@ class Job:
             shape = (vocabulary.size, *shape[1:])
         return Output(name=name, dtype=dtype, shape=shape)
 
-    def parts(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """The value of one output tensor in flat parts: index of a part's first entry, and the part.
+    def parts(self, name: str, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """The value of one output tensor in flat parts of a dtype: index of a part's first entry, and the part.
 
-        Merged parts are float32; what is not merged (integers, empty tensors, the host's own) comes as it is stored.
+        What is not merged (integers, empty tensors, the host's own) is stored in that dtype or cast to it.
+
+        Raises:
+            MergeError: an entry is not finite in the dtype.
         """
         info, inner = self.info(name), self.targets[name]
         if info.is_float and info.count and inner is not None:
-            yield from self.engine.blocks(inner)
+            yield from self.engine.rounded(inner, dtype)
             return
         stored = (self.sources.read_host(name) if inner is None else self.engine.stored(inner)).reshape(-1)
         for start in range(0, stored.numel(), BLOCK):
-            yield start, stored[start : start + BLOCK]
+            yield start, rounded(name, stored[start : start + BLOCK], dtype)

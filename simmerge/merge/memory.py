@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from simmerge.errors import UsageError
-from simmerge.merge.engine import require_finite
+from simmerge.merge.engine import rounded
 from simmerge.merge.flat import FlatLayout, Live, Sink, adopt
 from simmerge.merge.jobs import Job
 from simmerge.merge.sources import Sources
@@ -154,7 +154,7 @@ class MemoryMerger:
             if not sink.finite():
                 for part in layout.parts:
                     for _, values in job.engine.blocks(part.name):
-                        require_finite(part.name, values.to(part.dtype))
+                        rounded(part.name, values, part.dtype)
 
     def _plain(self, job: Job, node: Step, resolved: ResolvedStep, layout: FlatLayout, sink: Sink) -> None:
         """One step over checkpoints with the same coefficients everywhere: as few passes as its operator allows."""

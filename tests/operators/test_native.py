@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from simmerge.operators import OPERATORS
 from simmerge.operators.kernels import jit, native
+from simmerge.operators.kernels.operands import Affine
 from simmerge.operators.kernels.thinned import Thinned
 from simmerge.recipe import Value
 from simmerge.testing.kernel_runs import family, kernel_call, lively, merge, operands
@@ -89,6 +90,46 @@ def test_inner_products_are_exact_to_float64(n: int) -> None:
     x = np.random.default_rng(1).standard_normal((3, n + 10)).astype(np.float32)
     want = (x[:, 4 : 4 + n].astype(np.float64) @ x[:, 4 : 4 + n].T.astype(np.float64))[np.triu_indices(3)]
     assert np.allclose(native.products(x, 4, 4 + n), want, rtol=1e-13, atol=1e-13)
+
+
+def _stored(n: int) -> tuple[tuple[torch.Tensor, ...], tuple[np.ndarray, ...]]:
+    """Three bfloat16 vectors near one another, and their bits."""
+    rng = np.random.default_rng(n)
+    first = rng.standard_normal(n)
+    kept = tuple(torch.as_tensor(first + 0.1 * rng.standard_normal(n)).to(torch.bfloat16) for _ in range(3))
+    return kept, tuple(t.view(torch.uint16).numpy() for t in kept)
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 1024, 5001])
+@pytest.mark.parametrize("anchored", [False, True])
+def test_inner_products_of_bits_are_those_of_their_differences(n: int, anchored: bool) -> None:
+    kept, bits = _stored(n)
+    below, rest = kept[0].float(), [t.float() for t in kept[1:]]
+    rows = torch.stack([*([below] if anchored else []), *(t - below for t in rest)]).numpy()
+    assert np.array_equal(native.products_of_bits(bits[1:], bits[0], anchored), native.products(rows, 0, n))
+
+
+@pytest.mark.parametrize("n", [0, 1, 1024, 5001])
+@pytest.mark.parametrize("weights", [(0.3, 0.9), (0.0, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("dtype", "code"), [(torch.bfloat16, 8), (torch.float16, 16)])
+@pytest.mark.parametrize("lifted", [False, True])
+def test_a_combination_of_bits_is_the_rounded_combination(
+    n: int, weights: tuple[float, ...], dtype: torch.dtype, code: int, lifted: bool
+) -> None:
+    kept, bits = _stored(n)
+    base, rest = kept[0].float(), [t.float() for t in kept[1:]]
+    vectors, out = [t - base if lifted else t for t in rest], torch.empty(n, dtype=dtype)
+    want = Affine(weights, lifted=lifted).of(vectors, base if lifted else None).to(dtype)
+    numbers = np.array(weights, dtype=np.float32)
+    assert native.affine_of_bits(bits[1:], bits[0], numbers, lifted, code, out.view(torch.uint16).numpy()) == 0
+    assert torch.equal(out, want)
+
+
+def test_a_combination_of_bits_counts_what_is_not_finite() -> None:
+    kept = torch.tensor([1.0, 3e38, -3e38, float("nan"), float("inf")], dtype=torch.bfloat16)
+    bits, out = kept.view(torch.uint16).numpy(), np.empty(5, dtype=np.uint16)
+    weights = np.array([1.0, 1.0], dtype=np.float32)
+    assert native.affine_of_bits((bits, bits), bits, weights, False, 8, out) == 4
 
 
 def _ways_to_rescale() -> list[tuple[str, str]]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 
 from simmerge.operators.kernels import jit, native
+from simmerge.operators.kernels.native.common import UInt16
 
 BLOCK = 1 << 18
 """Entries per block: a megabyte in float32, so that a few blocks stay in a core's cache. Part of no result but
@@ -15,6 +17,9 @@ the rounding of sums, which is why it is fixed."""
 
 _SMALL = 1 << 20
 """Entries up to which the blocks of a tensor are held at once: four megabytes per operand."""
+
+HALF_BITS = MappingProxyType({torch.float16: 16, torch.bfloat16: 8})
+"""Dtypes of 16 bits that compiled passes write, by what these call them."""
 
 By = Literal["entries", "rows", "tensor"]
 T = TypeVar("T")
@@ -50,6 +55,11 @@ class Block:
         return self._inputs[0].device
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of each part when it is handed out."""
+        return self._shape
+
+    @property
     def stack(self) -> torch.Tensor:
         """The inputs, `[m, …]` float32; not to be written to."""
         return self.remember("stack", self._widened)
@@ -82,34 +92,28 @@ class Block:
         return self.remember("changes", self._changes)
 
     def _changes(self) -> torch.Tensor:
-        if self._base is None or not self._stored_as_bits((*self._inputs, self._base)):
+        bits = self.bits()
+        if bits is None or bits[1] is None:
             return self.stack - self.origin()
         # One pass over the stored bits gives the base and all task vectors.
         changes = torch.empty((len(self._inputs), self.stop - self.start))
         origin = torch.empty(self.stop - self.start)
-        self._subtract(self._inputs, self._base, origin, changes)
+        native.widened_changes(bits[0], bits[1], origin.numpy(), changes.numpy())
         self._memory.setdefault("base", origin.reshape(self._shape))
         return changes.reshape(len(self._inputs), *self._shape)
 
     def anchored(self) -> torch.Tensor:
         """The first input and the differences of the others from it, `[m, n]`."""
-        if len(self._inputs) == 1 or not self._stored_as_bits(self._inputs):
-            flat = self.stack.reshape(len(self._inputs), -1)
-            return torch.cat([flat[:1], flat[1:] - flat[:1]])
-        found = torch.empty((len(self._inputs), self.stop - self.start))
-        self._subtract(self._inputs[1:], self._inputs[0], found[0], found[1:])
-        return found
+        flat = self.stack.reshape(len(self._inputs), -1)
+        return torch.cat([flat[:1], flat[1:] - flat[:1]])
 
-    @staticmethod
-    def _stored_as_bits(parts: Sequence[torch.Tensor]) -> bool:
-        return jit.suits(parts[0]) and all(part.dtype == torch.bfloat16 for part in parts)
-
-    @staticmethod
-    def _subtract(
-        inputs: Sequence[torch.Tensor], below: torch.Tensor, origin: torch.Tensor, changes: torch.Tensor
-    ) -> None:
-        bits = tuple(part.view(torch.uint16).numpy() for part in (*inputs, below))
-        native.widened_changes(bits[:-1], bits[-1], origin.numpy(), changes.numpy())
+    def bits(self) -> tuple[tuple[UInt16, ...], UInt16 | None] | None:
+        """The inputs' and the base's stored bits, `[n]` each, where compiled passes can read them as bfloat16."""
+        parts = self._inputs if self._base is None else (*self._inputs, self._base)
+        if not jit.suits(parts[0]) or any(part.dtype != torch.bfloat16 for part in parts):
+            return None
+        found = tuple(cast("UInt16", part.view(torch.uint16).numpy()) for part in parts)
+        return (found, None) if self._base is None else (found[:-1], found[-1])
 
     def deltas(self) -> tuple[torch.Tensor, ...]:
         """Task vectors one by one; not to be written to."""
@@ -284,6 +288,20 @@ class Affine:
         if self.lifted:
             return self.of(block.deltas(), block.origin())
         return self.of(block.inputs, None)
+
+    def rounded(self, block: Block, dtype: torch.dtype) -> tuple[torch.Tensor, int] | None:
+        """The combination of a block rounded to a dtype, and how many entries are not finite then, in one pass.
+
+        None where no compiled pass can read the inputs or write the dtype; the numbers are those of `apply`.
+        """
+        bits = block.bits()
+        if bits is None or dtype not in HALF_BITS or (self.lifted and bits[1] is None):
+            return None
+        inputs, base = bits
+        out = torch.empty(block.stop - block.start, dtype=dtype)
+        weights, under = np.array(self.weights, dtype=np.float32), inputs[0] if base is None else base
+        target = out.view(torch.uint16).numpy()
+        return out, native.affine_of_bits(inputs, under, weights, self.lifted, HALF_BITS[dtype], target)
 
     def of(
         self, vectors: Sequence[torch.Tensor], base: torch.Tensor | None, out: torch.Tensor | None = None

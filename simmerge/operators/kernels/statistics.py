@@ -45,14 +45,6 @@ def add_up(parts: Iterable[torch.Tensor | Float64]) -> list[float]:
     return [math.fsum(column) for column in zip(*rows, strict=True)]
 
 
-def products(vectors: torch.Tensor) -> torch.Tensor:
-    """Inner products of all pairs i <= j of vectors `[m, n]`, float64, row by row of the upper triangle."""
-    if jit.suits(vectors):
-        return torch.as_tensor(native.products(vectors.numpy(), 0, vectors.shape[1]))
-    wide = vectors.double()
-    return (wide @ wide.T)[tuple(torch.triu_indices(len(vectors), len(vectors)))]
-
-
 def gram(operands: Operands, of: str) -> Float64:
     """Inner products of all pairs of a family of vectors, `[m, m]` float64.
 
@@ -62,19 +54,29 @@ def gram(operands: Operands, of: str) -> Float64:
             it, in which small angles between inputs lose no digits.
     """
 
-    def vectors(block: Block) -> torch.Tensor:
-        if of == "deltas":
-            return block.changes()
-        return block.anchored()
-
     def make() -> Float64:
         size = len(operands)
-        upper = add_up(products(vectors(block)) for block in operands.blocks())
+        upper = add_up(_products(block, of) for block in operands.blocks())
         matrix = np.zeros((size, size))
         matrix[np.triu_indices(size)] = upper or [0.0] * (size * (size + 1) // 2)
         return matrix + np.triu(matrix, 1).T
 
     return operands.remember(("gram", of), make)
+
+
+def _products(block: Block, of: str) -> torch.Tensor | Float64:
+    """Inner products of all pairs i <= j of a block's family, float64, row by row of the upper triangle."""
+    bits = block.bits()
+    if bits is not None and of == "deltas" and bits[1] is not None:
+        return native.products_of_bits(bits[0], bits[1], False)
+    if bits is not None and of == "anchored" and len(bits[0]) > 1:
+        return native.products_of_bits(bits[0][1:], bits[0][0], True)
+    vectors = block.changes() if of == "deltas" else block.anchored()
+    vectors = vectors.reshape(len(vectors), -1)
+    if jit.suits(vectors):
+        return native.products(vectors.numpy(), 0, vectors.shape[1])
+    wide = vectors.double()
+    return (wide @ wide.T)[tuple(torch.triu_indices(len(vectors), len(vectors)))]
 
 
 @dataclass(frozen=True, slots=True)

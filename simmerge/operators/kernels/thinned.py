@@ -9,21 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from simmerge.operators.kernels import jit, native
 from simmerge.operators.kernels.elect import signs
 from simmerge.operators.kernels.flat import Flat, names
+from simmerge.operators.kernels.native.common import Float32, Float64, Int64, UInt8, UInt16, UInt64
 from simmerge.operators.kernels.operands import Affine, Block, By, Operands
 from simmerge.operators.kernels.statistics import Cut, add_up
 from simmerge.operators.spec import divisor
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
-UInt64 = npt.NDArray[np.uint64]
-UInt8 = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +113,7 @@ class Picks:
             rows: list[Float64] = []
             for (start, stop, first), t in zip(pieces.tolist(), owner.tolist(), strict=True):
                 numbers = (self.cuts[t], self.lasts[t], self.keys[t], self.odds[t])
-                rows.append(native.sizes(changes, start, stop, first, self.kinds, *numbers, ranks, none))
+                rows.append(native.sizes(changes, *unstored(m), start, stop, first, self.kinds, *numbers, ranks, none))
             return self.operands.sums(np.stack(rows), self.by)
         found = add_up(self._sizes(block) for block in self.operands.blocks(self.by)) or [0.0] * (2 * m)
         return np.array(found).reshape(1, m, 2)
@@ -133,10 +127,11 @@ class Picks:
         if not jit.suits(block):
             pairs = zip(block.deltas(), self.votes(block), strict=True)
             return np.array([[float(a.abs().double().sum()) for a in pair] for pair in pairs])
-        changes = block.changes().reshape(len(self.kinds), -1).numpy()
         numbers = (self.cuts[0], self.lasts[0], self.keys[0], self.odds[0])
         kinds, ranks, masks = self.kinds_at(block), self.ranks(block), self.masks(block)
-        return native.sizes(changes, 0, changes.shape[1], block.start, kinds, *numbers, ranks, masks)
+        changes, _, stored, below = vectors(block)
+        place = (0, block.stop - block.start, block.start)
+        return native.sizes(changes, stored, below, *place, kinds, *numbers, ranks, masks)
 
     def whole_ranks(self) -> Float32:
         """Ranks of everything in a `Flat`, `[m, n]`, or nothing where none are needed."""
@@ -200,6 +195,10 @@ class Combination:
         return Affine(self.scaled, lifted=True).of(votes, base)
 
 
+Vectors = tuple[Float32, Float32, tuple[UInt16, ...], UInt16]
+"""Task vectors `[m, n]` and base `[n]`, in float32; or the stored bits of the inputs and of the base."""
+
+
 @dataclass(frozen=True, slots=True)
 class Thinned:
     """Thinned task vectors, combined.
@@ -225,11 +224,10 @@ class Thinned:
             factors = self.factors[0].tolist()
             votes = [v if f == 1 else v * f for v, f in zip(self.picks.votes(block), factors, strict=True)]
             return self.combine(votes, block.origin())
-        out = torch.empty_like(block.origin())
-        changes = block.changes().reshape(len(self.picks.kinds), -1).numpy()
-        segment = np.array([[0, changes.shape[1], block.start, 0]], dtype=np.int64)
+        out = torch.empty(block.shape)
+        segment = np.array([[0, out.numel(), block.start, 0]], dtype=np.int64)
         kinds, ranks, masks = self.picks.kinds_at(block), self.picks.ranks(block), self.picks.masks(block)
-        self._run(changes, block.origin().reshape(-1), out.view(-1), segment, kinds, ranks, masks)
+        self._run(vectors(block), out.view(-1), segment, kinds, ranks, masks)
         return out
 
     def whole(self, segments: Int64, out: torch.Tensor) -> None:
@@ -239,19 +237,37 @@ class Thinned:
             raise TypeError("all tensors at once need flat operands with a base")
         masks = np.empty((len(flat), 0), dtype=np.uint8)
         ranks = self.picks.whole_ranks()
-        self._run(flat.changes(), flat.stored_base, out, segments, self.picks.kinds, ranks, masks)
+        family = (flat.changes(), flat.stored_base.numpy(), *unstored(len(flat)))
+        self._run(family, out, segments, self.picks.kinds, ranks, masks)
 
     def _run(
-        self, changes: Float32, base: torch.Tensor, out: torch.Tensor, segments: Int64, kinds: Int64, ranks: Float32,
-        masks: UInt8,
-    ) -> None:  # fmt: skip
+        self, family: Vectors, out: torch.Tensor, segments: Int64, kinds: Int64, ranks: Float32, masks: UInt8
+    ) -> None:
         combine, picks = self.combine, self.picks
         weights = combine.weights if combine.election else combine.scaled
         native.combined(
-            changes, base.numpy(), out.numpy(), segments, kinds, picks.cuts, picks.lasts, picks.keys, picks.odds,
+            *family, out.numpy(), segments, kinds, picks.cuts, picks.lasts, picks.keys, picks.odds,
             ranks, masks, self.factors, np.array(weights, dtype=np.float32), np.float32(combine.lam),
             combine.election, combine.weighted, combine.normalize, np.float32(min(weights)),
         )  # fmt: skip
+
+
+def vectors(block: Block) -> Vectors:
+    """What compiled passes read a block's task vectors from: its stored bits, where these are bfloat16."""
+    bits = block.bits()
+    if bits is not None and bits[1] is not None:
+        return _NO_CHANGES, _NO_CHANGES[0], bits[0], bits[1]
+    changes = block.changes().numpy()
+    changes = changes.reshape(len(changes), -1)
+    return changes, block.origin().reshape(-1).numpy(), *unstored(len(changes))
+
+
+def unstored(count: int) -> tuple[tuple[UInt16, ...], UInt16]:
+    """Bits of inputs and base that are not read from bits."""
+    return (_NO_BITS,) * count, _NO_BITS
+
+
+_NO_CHANGES, _NO_BITS = np.empty((1, 0), dtype=np.float32), np.empty(0, dtype=np.uint16)
 
 
 def elect(votes: Sequence[torch.Tensor], weights: Sequence[float], *, weighted: bool, normalize: bool) -> torch.Tensor:

@@ -9,7 +9,16 @@ from simmerge.operators.kernels.native.draws import mixed, random_mask, ranked_m
 from simmerge.operators.kernels.native.ranks import rank_mask, row_ranks
 from simmerge.operators.kernels.native.selection import energies, erased, variances
 from simmerge.operators.kernels.native.thinning import combined, sizes
-from simmerge.operators.kernels.native.vectors import affine, nearswap, packed, products, rounded, widened_changes
+from simmerge.operators.kernels.native.vectors import (
+    affine,
+    affine_of_bits,
+    nearswap,
+    packed,
+    products,
+    products_of_bits,
+    rounded,
+    widened_changes,
+)
 
 __all__ = [
     "ALL",
@@ -20,6 +29,7 @@ __all__ = [
     "RANDOM",
     "RANKED",
     "affine",
+    "affine_of_bits",
     "combined",
     "energies",
     "erased",
@@ -27,6 +37,7 @@ __all__ = [
     "nearswap",
     "packed",
     "products",
+    "products_of_bits",
     "random_mask",
     "rank_mask",
     "ranked_mask",

@@ -19,9 +19,11 @@ from simmerge.operators.kernels.native.common import (
     Float64,
     Int64,
     UInt8,
+    UInt16,
     UInt64,
 )
 from simmerge.operators.kernels.native.draws import thin_at_random, thin_by_rank
+from simmerge.operators.kernels.native.vectors import widen, widen_less
 
 
 @compiled
@@ -122,15 +124,17 @@ def elect(
 
 @compiled
 def combined(
-    deltas: Float32, base: Float32, out: Float32, segments: Int64, kinds: Int64, cuts: Float32, lasts: Int64,
-    keys: UInt64, odds: Float64, ranks: Float32, masks: UInt8, factors: Float32, weights: Float32, lam: Any,
-    election: bool, weighted: bool, normalize: bool, least: Any,
+    deltas: Float32, base: Float32, stored: Any, below: UInt16, out: Float32, segments: Int64, kinds: Int64,
+    cuts: Float32, lasts: Int64, keys: UInt64, odds: Float64, ranks: Float32, masks: UInt8, factors: Float32,
+    weights: Float32, lam: Any, election: bool, weighted: bool, normalize: bool, least: Any,
 ) -> None:  # fmt: skip
     """Thin task vectors, scale them, add them up or elect, and add the result to the base.
 
     Args:
-        deltas: task vectors, `[m, n]`.
-        base: `[n]`.
+        deltas: task vectors, `[m, n]`; not read where there are stored bits.
+        base: `[n]`; the same.
+        stored: bfloat16 bits of the inputs, `[n]` each, a tuple of `m`; of no entries where there are none.
+        below: bfloat16 bits of the base, `[n]`, or `[0]`.
         out: where to write, `[n]`.
         segments: start and stop in `[0, n]`, the index in its tensor of the first entry, and which tensor's
             numbers hold, `[s, 4]`.
@@ -149,20 +153,27 @@ def combined(
         normalize: divide an election's result by the weights of those that agree.
         least: smallest weight, float32.
     """
-    count = deltas.shape[0]
+    count = len(stored)
     votes, buffer = np.empty((count, CHUNK), np.float32), np.empty(CHUNK // 2 + 1, np.uint64)
     whole, divisor = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    under, change = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     for s in range(segments.shape[0]):
         for start in range(segments[s, 0], segments[s, 1], CHUNK):
             stop = min(start + CHUNK, segments[s, 1])
             size, at = stop - start, start - segments[s, 0] + segments[s, 2]
             t = segments[s, 3]
+            if below.size:
+                widen(below[start:stop], under[:size])
+            origin = under[:size] if below.size else base[start:stop]
             for k in range(count):
+                if below.size:
+                    widen_less(stored[k][start:stop], origin, change[:size])
+                delta = change[:size] if below.size else deltas[k, start:stop]
                 thin(
-                    kinds[k], deltas[k, start:stop], votes[k, :size], at, cuts[t, k], lasts[t, k], keys[t, k],
+                    kinds[k], delta, votes[k, :size], at, cuts[t, k], lasts[t, k], keys[t, k],
                     odds[t, k], ranks[k, start:stop], masks[k, start:stop], buffer,
                 )  # fmt: skip
-            target, origin = out[start:stop], base[start:stop]
+            target = out[start:stop]
             if election:
                 elect(
                     votes, weights, factors[t], origin, lam, weighted, normalize, least, whole, divisor, target
@@ -178,23 +189,28 @@ def combined(
 
 @compiled
 def sizes(
-    deltas: Float32, begin: int, end: int, first: int, kinds: Int64, cuts: Float32, lasts: Int64, keys: UInt64,
-    odds: Float64, ranks: Float32, masks: UInt8,
+    deltas: Float32, stored: Any, below: UInt16, begin: int, end: int, first: int, kinds: Int64, cuts: Float32,
+    lasts: Int64, keys: UInt64, odds: Float64, ranks: Float32, masks: UInt8,
 ) -> Float64:  # fmt: skip
     """Sum of absolute values of each task vector before and after it is thinned, `[m, 2]`.
 
     Arguments as in `combined`, of the entries `begin` to `end`, the first of which has the index `first` in its
     tensor.
     """
-    count = deltas.shape[0]
+    count = len(stored)
     found = np.zeros((count, 2))
     vote, buffer = np.empty(CHUNK, np.float32), np.empty(CHUNK // 2 + 1, np.uint64)
     before, after = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    for k in range(count):
-        for start in range(begin, end, CHUNK):
-            stop = min(start + CHUNK, end)
-            size = stop - start
-            delta = deltas[k, start:stop]
+    under, change = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    for start in range(begin, end, CHUNK):
+        stop = min(start + CHUNK, end)
+        size = stop - start
+        if below.size:
+            widen(below[start:stop], under[:size])
+        for k in range(count):
+            if below.size:
+                widen_less(stored[k][start:stop], under[:size], change[:size])
+            delta = change[:size] if below.size else deltas[k, start:stop]
             thin(
                 kinds[k], delta, vote[:size], first + start - begin, cuts[k], lasts[k], keys[k], odds[k],
                 ranks[k, start:stop], masks[k, start:stop], buffer,

@@ -7,6 +7,9 @@ import numpy as np
 from simmerge.operators.kernels.jit import compiled
 from simmerge.operators.kernels.native.common import CHUNK, LANES, ONE, Float32, Float64, Int64, UInt16
 
+HALF = np.uint32(16)
+"""Bits by which bfloat16 numbers are shorter than float32 numbers."""
+
 
 @compiled
 def products(vectors: Float32, begin: int, end: int) -> Float64:
@@ -17,24 +20,53 @@ def products(vectors: Float32, begin: int, end: int) -> Float64:
     count = vectors.shape[0]
     found, lanes = np.zeros(count * (count + 1) // 2), np.empty(LANES)
     for start in range(begin, end, CHUNK):
-        size = min(CHUNK, end - start)
-        whole = size // LANES * LANES
-        pair = 0
-        for i in range(count):
-            x = vectors[i, start : start + size]
-            for k in range(i, count):
-                y = vectors[k, start : start + size]
-                for j in range(LANES):
-                    lanes[j] = 0.0
-                for row in range(0, whole, LANES):
-                    for j in range(LANES):
-                        lanes[j] += np.float64(x[row + j]) * np.float64(y[row + j])
-                for j in range(LANES):
-                    found[pair] += lanes[j]
-                for j in range(whole, size):
-                    found[pair] += np.float64(x[j]) * np.float64(y[j])
-                pair += 1
+        _add_products(vectors, start, min(CHUNK, end - start), lanes, found)
     return found
+
+
+@compiled
+def products_of_bits(inputs: Any, below: UInt16, anchored: bool) -> Float64:
+    """As `products`, of differences of bfloat16 numbers that are made on the way and kept nowhere.
+
+    Args:
+        inputs: stored bits, one vector `[n]` per input, a tuple.
+        below: stored bits of what is taken away from every input, `[n]`.
+        anchored: whether `below` is a vector of the family too, its first.
+    """
+    first = 1 if anchored else 0
+    count = first + len(inputs)
+    found, lanes = np.zeros(count * (count + 1) // 2), np.empty(LANES)
+    rows, under = np.empty((count, CHUNK), dtype=np.float32), np.empty(CHUNK, dtype=np.float32)
+    for start in range(0, below.size, CHUNK):
+        size = min(CHUNK, below.size - start)
+        widen(below[start : start + size], under[:size])
+        if anchored:
+            rows[0, :size] = under[:size]
+        for k in range(len(inputs)):
+            widen_less(inputs[k][start : start + size], under[:size], rows[first + k, :size])
+        _add_products(rows, 0, size, lanes, found)
+    return found
+
+
+@compiled
+def _add_products(vectors: Float32, start: int, size: int, lanes: Float64, found: Float64) -> None:
+    count = vectors.shape[0]
+    whole = size // LANES * LANES
+    pair = 0
+    for i in range(count):
+        x = vectors[i, start : start + size]
+        for k in range(i, count):
+            y = vectors[k, start : start + size]
+            for j in range(LANES):
+                lanes[j] = 0.0
+            for row in range(0, whole, LANES):
+                for j in range(LANES):
+                    lanes[j] += np.float64(x[row + j]) * np.float64(y[row + j])
+            for j in range(LANES):
+                found[pair] += lanes[j]
+            for j in range(whole, size):
+                found[pair] += np.float64(x[j]) * np.float64(y[j])
+            pair += 1
 
 
 @compiled
@@ -65,6 +97,58 @@ def affine(vectors: Any, base: Float32, weights: Float32, segments: Int64, lifte
                 elif w != 0:
                     for j in range(target.size):
                         target[j] += w * vector[j]
+
+
+@compiled
+def affine_of_bits(inputs: Any, base: UInt16, weights: Float32, lifted: bool, bits: int, out: UInt16) -> int:
+    """As `affine`, from bfloat16 numbers to rounded 16-bit numbers in one pass; how many are not finite then.
+
+    Args:
+        inputs: stored bits, one vector `[n]` per input, a tuple.
+        base: stored bits of the base, `[n]`, read where lifted.
+        weights: `[m]`.
+        lifted: whether the base is taken away from the inputs and added to the result.
+        bits: of the result's significand: 16 for float16, 8 for bfloat16.
+        out: where to write the result's bits, `[n]`.
+    """
+    origin, wide = np.empty(CHUNK, dtype=np.float32), np.empty(CHUNK, dtype=np.float32)
+    values, bad = np.empty(CHUNK, dtype=np.float32), 0
+    for start in range(0, out.size, CHUNK):
+        size = min(CHUNK, out.size - start)
+        under, own, target = origin[:size], wide[:size], values[:size]
+        if lifted:
+            widen(base[start : start + size], under)
+            target[:] = under
+        for k in range(len(inputs)):
+            w, part = weights[k], inputs[k][start : start + size]
+            if w == 0 and (lifted or k):
+                continue
+            if lifted:
+                widen_less(part, under, own)
+            else:
+                widen(part, own)
+            if k == 0 and not lifted:
+                for j in range(size):
+                    target[j] = w * own[j]
+            else:
+                for j in range(size):
+                    target[j] += w * own[j]
+        bad += packed(target, bits, out[start : start + size])
+    return bad
+
+
+@compiled
+def widen(bits: UInt16, out: Float32) -> None:
+    """Float32 numbers of bfloat16 bits."""
+    for j in range(bits.size):
+        out[j] = np.uint32(np.uint32(bits[j]) << HALF).view(np.float32)
+
+
+@compiled
+def widen_less(bits: UInt16, below: Float32, out: Float32) -> None:
+    """The same, minus what lies below."""
+    for j in range(bits.size):
+        out[j] = np.uint32(np.uint32(bits[j]) << HALF).view(np.float32) - below[j]
 
 
 @compiled
@@ -145,17 +229,9 @@ def widened_changes(inputs: Any, base: UInt16, origin: Float32, changes: Float32
         origin: where the base goes, `[n]`.
         changes: where inputs minus base go, `[m, n]`.
     """
-    shift = np.uint32(16)
-    bits = origin.view(np.uint32)
     for start in range(0, base.size, CHUNK):
         stop = min(start + CHUNK, base.size)
-        source, target, below = base[start:stop], bits[start:stop], origin[start:stop]
-        for j in range(source.size):
-            target[j] = np.uint32(source[j]) << shift
+        below = origin[start:stop]
+        widen(base[start:stop], below)
         for k in range(len(inputs)):
-            own, row = inputs[k][start:stop], changes[k, start:stop]
-            wide = row.view(np.uint32)
-            for j in range(own.size):
-                wide[j] = np.uint32(own[j]) << shift
-            for j in range(own.size):
-                row[j] -= below[j]
+            widen_less(inputs[k][start:stop], below, changes[k, start:stop])
