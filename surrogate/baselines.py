@@ -195,6 +195,11 @@ def standard(norm: str, kinship: str) -> tuple[Method, ...]:
     )
 
 
+def without_features() -> tuple[Method, ...]:
+    """Baselines for a table whose columns have no known meaning: those of `standard` but the norm's and kinship's."""
+    return tuple(method for method in standard("", "") if not isinstance(method, OneFeature))
+
+
 def _means(keys: Sequence[object], rows: TrainingRows) -> dict[object, float]:
     code, distinct = codes(keys)
     means = group_mean(rows.target, code, len(distinct), rows.weight)

@@ -2,18 +2,46 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from simmerge.errors import SurrogateError
 from simmerge.surrogate import metrics
 from simmerge.surrogate.baselines import Method, Scorer, recipe_mean
-from simmerge.surrogate.fit import CANDIDATES, fit_surrogate
+from simmerge.surrogate.fit import CANDIDATES, FittedSurrogate, fit_surrogate
 from simmerge.surrogate.folds import Fold
+from simmerge.surrogate.resampling import mean_interval
 from simmerge.surrogate.rows import Floats, Ints, TrainingRows, integers
+from simmerge.types import Prediction
 
-TOP = (1, 3, 5)
-"""Numbers of evaluations after which the regret is stated."""
+TOP = (1, 3, 5, 10, 20)
+"""Numbers of evaluations after which the regret is stated. One is as good as none: what comes first is taken."""
+
+
+@runtime_checkable
+class IntervalScorer(Protocol):
+    """A scorer that also says how sure it is."""
+
+    def predict(self, table: TrainingRows) -> Prediction:
+        """Predictions of the recipes of a table, in the target's unit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SurrogateScorer:
+    """Mean over tasks of what a surrogate predicts for each recipe."""
+
+    fitted: FittedSurrogate
+
+    def __call__(self, table: TrainingRows) -> Floats:
+        return recipe_mean(table, self.fitted.predict(table.features).mean)
+
+    def predict(self, table: TrainingRows) -> Prediction:
+        """The same with intervals."""
+        code, recipes = table.recipes()
+        order, counts = np.argsort(code, kind="stable"), np.bincount(code, minlength=len(recipes))
+        return self.fitted.predict_recipes(table.features[order], integers(counts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +54,7 @@ class SurrogateMethod:
 
     def fit(self, rows: TrainingRows, seed: int) -> Scorer:
         """A scorer by the surrogate that is fitted on `rows`."""
-        fitted = fit_surrogate(rows, seed=seed, folds=self.folds, candidates=self.candidates)
-        return lambda table: recipe_mean(table, fitted.predict(table.features).mean)
+        return SurrogateScorer(fit_surrogate(rows, seed=seed, folds=self.folds, candidates=self.candidates))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +69,9 @@ class MethodResult:
         spearman_within: rank correlation within a problem, mean over problems.
         ndcg: mean over problems.
         top_operator: share of problems in which it names the best recipe's operator.
+        interval: 95 % interval of the regret after one evaluation, over draws of the checkpoints.
+        coverage: share of the recipes whose measured mean lies in the predicted interval; None where a method
+            predicts none.
         problems: number of problems with two recipes or more, summed over folds.
         regrets: normalised regret after one evaluation of each of them, for paired tests.
     """
@@ -53,6 +83,8 @@ class MethodResult:
     spearman_within: float
     ndcg: float
     top_operator: float
+    interval: tuple[float, float]
+    coverage: float | None
     problems: int
     regrets: tuple[float, ...] = field(repr=False)
 
@@ -85,13 +117,19 @@ def compare(
             f"a comparison needs folds and methods of distinct names, got {len(folds)} folds and {names}."
         )
     scored: dict[str, list[Floats]] = {name: [] for name in names}
+    inside: dict[str, list[Floats]] = {name: [] for name in names}
     tables: list[_Table] = []
     for fold in folds:
         train, test = rows.take(fold.train), rows.take(fold.test)
+        measured = recipe_mean(test, test.target)
         for method in methods:
-            scored[method.name].append(method.fit(train, seed)(test))
+            scorer = method.fit(train, seed)
+            scored[method.name].append(scorer(test))
+            if isinstance(scorer, IntervalScorer):
+                bounds = scorer.predict(test)
+                inside[method.name].append((bounds.low <= measured) & (measured <= bounds.high))
         tables.append(_table(test))
-    return tuple(_result(name, tables, scored[name], floor) for name in names)
+    return tuple(_result(name, tables, scored[name], inside[name], floor, seed) for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,23 +139,28 @@ class _Table:
     keep: Ints
     measured: Floats
     problem: Ints
+    checkpoints: tuple[tuple[str, ...], ...]
     operator: tuple[str, ...]
 
 
 def _table(test: TrainingRows) -> _Table:
     code, _ = test.recipes()
     first = np.unique(code, return_index=True)[1]
-    problem = test.problems()[0][first]
+    every, names = test.problems()
+    problem = every[first]
     keep = np.flatnonzero(np.bincount(problem)[problem] > 1)
     return _Table(
         keep=keep,
         measured=recipe_mean(test, test.target)[keep],
         problem=problem[keep],
+        checkpoints=tuple(names[i] for i in integers(np.unique(problem[keep]))),
         operator=tuple(test.operator[i] for i in integers(first[keep])),
     )
 
 
-def _result(name: str, tables: Sequence[_Table], scores: Sequence[Floats], floor: float) -> MethodResult:
+def _result(
+    name: str, tables: Sequence[_Table], scores: Sequence[Floats], inside: Sequence[Floats], floor: float, seed: int
+) -> MethodResult:
     kept = [score[table.keep] for table, score in zip(tables, scores, strict=True)]
     pairs = [(table, score) for table, score in zip(tables, kept, strict=True) if len(score)]
     if not pairs:
@@ -127,6 +170,7 @@ def _result(name: str, tables: Sequence[_Table], scores: Sequence[Floats], floor
         return np.concatenate([metrics.by_problem(metric, s, t.measured, t.problem) for t, s in pairs])
 
     regret = {k: each(lambda p, m, k=k: metrics.regret_after(p, m, k, floor)) for k in TOP}
+    checkpoints = [names for table, _ in pairs for names in table.checkpoints]
     spearman = np.array([metrics.spearman(score, table.measured) for table, score in pairs])
     return MethodResult(
         method=name,
@@ -136,6 +180,8 @@ def _result(name: str, tables: Sequence[_Table], scores: Sequence[Floats], floor
         spearman_within=metrics.mean_defined(each(metrics.spearman)),
         ndcg=metrics.mean_defined(each(metrics.ndcg)),
         top_operator=_top_operator(pairs),
+        interval=mean_interval(regret[TOP[0]], checkpoints, seed),
+        coverage=float(np.concatenate(inside).mean()) if inside else None,
         problems=len(regret[TOP[0]]),
         regrets=tuple(float(value) for value in regret[TOP[0]]),
     )

@@ -1,37 +1,143 @@
 """`simmerge bench select`: choosing operator and coefficients for given checkpoints, from predictions alone.
 
-On the shipped table, folds grouped by checkpoint: whole checkpoints are held out, every method is fitted on
-merges without them, and ranks the recorded merges of each set of checkpoints that has one.
+On the shipped table or on a user's own: whole checkpoints, tasks or operators are held out, every method is fitted
+on the other rows, and ranks the recorded merges of each set of checkpoints.
 """
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
+from simmerge.bench.past_merges import Columns, read_past_merges
 from simmerge.bench.result import Target, report
 from simmerge.data import shipped
 from simmerge.demo import FOREIGN
 from simmerge.demo.materialize import materialize_tasks
+from simmerge.errors import UnknownNameError, UsageError
 from simmerge.pipeline.predicting import rows_of_table
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.table import read_table
-from simmerge.surrogate.baselines import standard
+from simmerge.surrogate.baselines import Method, standard, without_features
 from simmerge.surrogate.compare import SurrogateMethod, compare
-from simmerge.surrogate.folds import checkpoint_folds
+from simmerge.surrogate.folds import Fold, checkpoint_folds, leave_operator_out, leave_task_out
+from simmerge.surrogate.rows import TrainingRows
+
+SPLITS: Mapping[str, str] = MappingProxyType(
+    {
+        "checkpoint": "five folds of whole checkpoints, for every seed",
+        "task": "one task at a time: its scores are in no training row",
+        "operator": "one operator at a time: its merges are in no training row",
+    }
+)
+_FOLDS, _QUICK_FOLDS = 5, 3
 
 
-def run(workspace: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
-    """Compare the surrogate with the baselines, leave-checkpoint-out.
+def run(
+    workspace: Path,
+    *,
+    splits: Sequence[str] = ("checkpoint",),
+    seed: int = 0,
+    seeds: int = 1,
+    quick: bool = False,
+    table: Path | None = None,
+    columns: Columns | None = None,
+) -> dict[str, Any]:
+    """Compare the surrogate with the baselines.
 
     Args:
         workspace: where fingerprints are kept.
+        splits: what is held out, keys of `SPLITS`.
         seed: seed of folds and fits.
-        quick: every fourth recipe and three folds: checks that the bench works, not its figures.
-    """
-    import json
+        seeds: shuffles of the checkpoints into folds, with the seeds `seed`, `seed + 1`, …
+        quick: every fourth recipe and fewer folds: checks that the bench works, not its figures.
+        table: past merges of the user's own; the shipped table if None.
+        columns: what its columns are.
 
+    Raises:
+        UnknownNameError: a split or a column that there is not.
+        UsageError: a table that cannot be used.
+        SurrogateError: a split that the rows do not allow.
+    """
+    for split in splits:
+        if split not in SPLITS:
+            raise UnknownNameError("split", split, SPLITS)
+    if table is not None and columns is not None:
+        rows, baselines = read_past_merges(table, columns), without_features()
+    else:
+        rows, baselines = _shipped_rows(workspace), standard("input_task_norm", "pair_task_cosine")
+    if quick and table is None:
+        kept = {*list(dict.fromkeys(rows.recipe))[::4]}
+        rows = rows.take([k for k, recipe in enumerate(rows.recipe) if recipe in kept])
+    found = {split: _one(rows, split, baselines, seed, seeds, quick) for split in splits}
+    command = f"simmerge bench select --seed {seed}"
+    command += "".join(f" --split {split}" for split in splits) if tuple(splits) != ("checkpoint",) else ""
+    command += (f" --seeds {seeds}" if seeds > 1 else "") + (f" --table {table}" if table else "")
+    figures = {"splits": found, "rows": len(rows), "features": len(rows.names), "tasks": len({*rows.task})}
+    targets = [_target(split, result["methods"]) for split, result in found.items()]
+    return report(figures, targets, command + (" --quick" if quick else ""))
+
+
+def columns_of(
+    table: Path | None,
+    features: Sequence[str],
+    operator: str | None,
+    targets: Sequence[str],
+    groups: Sequence[str],
+) -> Columns | None:
+    """What the command line says of a user's table; None where it names no table.
+
+    Raises:
+        UsageError: columns without a table, or a table without one of the four.
+    """
+    given = {"--features": features, "--operator": operator, "--target": targets, "--groups": groups}
+    if table is None:
+        for option, value in given.items():
+            if value:
+                raise UsageError(f"{option} names a column of your own table; give the table too: --table FILE")
+        return None
+    for option, value in given.items():
+        if not value:
+            raise UsageError(f"--table needs {option}: say which column of '{table}' it is")
+    return Columns(features=tuple(features), operator=str(operator), targets=tuple(targets), groups=tuple(groups))
+
+
+def _one(
+    rows: TrainingRows, split: str, baselines: Sequence[Method], seed: int, seeds: int, quick: bool
+) -> dict[str, Any]:
+    folds = _folds(rows, split, seed, seeds, quick)
+    results = compare(rows, folds, (SurrogateMethod(), *baselines), seed)
+    methods: dict[str, Any] = {}
+    for result in results:
+        row = asdict(result)
+        del row["regrets"]
+        methods[result.method] = row
+    return {"held_out": SPLITS[split], "folds": len(folds), "methods": methods}
+
+
+def _folds(rows: TrainingRows, split: str, seed: int, seeds: int, quick: bool) -> list[Fold]:
+    if split == "task":
+        made = leave_task_out(rows.task)
+    elif split == "operator":
+        made = leave_operator_out(rows.operator)
+    else:
+        count = _QUICK_FOLDS if quick else _FOLDS
+        return [fold for k in range(seeds) for fold in checkpoint_folds(rows.sources, count, seed + k)]
+    return made[:_QUICK_FOLDS] if quick else made
+
+
+def _target(split: str, methods: Mapping[str, Any]) -> Target:
+    fixed = [m["regret"][1] for name, m in methods.items() if name.startswith(("best fixed", "always tuned"))]
+    got, bar = float(methods["surrogate"]["regret"][1]), 0.5 * min(fixed)
+    return Target(
+        name=f"regret of the first choice with a {split} held out, against half of the best fixed rule's",
+        value=got, target=f"<= {bar:.3f}", holds=got <= bar,
+    )  # fmt: skip
+
+
+def _shipped_rows(workspace: Path) -> TrainingRows:
     facts = json.loads(shipped("catalog", "catalog.json").read_text())
     table = read_table(shipped("scores", "mini.parquet"))
     with Project(workspace) as project:
@@ -40,23 +146,4 @@ def run(workspace: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any
             if name != FOREIGN:
                 project.add_checkpoint(shipped("catalog", name), name=name, base=base)
         names = [n for n in facts["checkpoints"] if n not in (facts["base"], FOREIGN)]
-        rows = rows_of_table(project, table, project.probes(), names)
-    if quick:
-        kept = set(table.ids[::4])
-        rows = rows.take([k for k, recipe in enumerate(rows.recipe) if recipe in kept])
-    folds = checkpoint_folds(rows.sources, 3 if quick else 5, seed)
-    methods = (SurrogateMethod(), *standard("input_task_norm", "pair_task_cosine"))
-    results = compare(rows, folds, methods, seed)
-    by_name: dict[str, dict[str, Any]] = {}
-    for result in results:
-        row = asdict(result)
-        each = np.asarray(row.pop("regrets"), dtype=np.float64)
-        by_name[result.method] = row | {"regret_stderr": float(each.std(ddof=1) / np.sqrt(len(each)))}
-    regret = {name: float(r["regret"][1]) for name, r in by_name.items()}
-    bar = 0.5 * min(regret[n] for n in regret if n.startswith(("best fixed", "always tuned")))
-    targets = [
-        Target(name="regret of the first choice, against half of the best fixed rule's", value=regret["surrogate"],
-               target=f"<= {bar:.3f}", holds=regret["surrogate"] <= bar),
-    ]  # fmt: skip
-    command = f"simmerge bench select --seed {seed}{' --quick' if quick else ''}"
-    return report({"methods": by_name, "rows": len(rows), "folds": len(folds)}, targets, command)
+        return rows_of_table(project, table, project.probes(), names)

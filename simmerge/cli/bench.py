@@ -26,28 +26,62 @@ def root() -> None:
     """Benchmarks: figures beside baselines and targets."""
 
 
-@app.command("select", epilog=example("simmerge bench select", "simmerge bench select --quick --json --check"))
+@app.command(
+    "select",
+    epilog=example(
+        "simmerge bench select",
+        "simmerge bench select --split checkpoint --split task --split operator --seeds 3",
+        "simmerge bench select --table past.csv --features 'cos_*' --features norm --operator method --target gsm8k "
+        "--groups left --groups right",
+        "simmerge bench select --quick --json --check",
+    ),
+)
 def select(
+    splits: Annotated[
+        list[str] | None,
+        typer.Option("--split", help="What is held out: checkpoint (the default), task or operator; repeat for more."),
+    ] = None,
     seed: SeedOption = 0,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Shuffles of the checkpoints into folds.")] = 1,
+    table: Annotated[Path | None, typer.Option("--table", help="Your own past merges, CSV or Parquet.")] = None,
+    features: Annotated[
+        list[str] | None, typer.Option("--features", help="Numeric column of the table, or a pattern; repeat for more.")
+    ] = None,
+    operator: Annotated[str | None, typer.Option("--operator", help="Column that names the operator.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="Column of a task's scores; repeat for more.")
+    ] = None,
+    groups: Annotated[
+        list[str] | None, typer.Option("--groups", help="Column that names a merged checkpoint; repeat for more.")
+    ] = None,
     quick: QuickOption = False,
     check: CheckOption = False,
+    markdown: MarkdownOption = None,
     workspace: Annotated[
         Path, typer.Option("--workspace", "-w", help="Where fingerprints are kept.")
     ] = BENCH_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose operator and coefficients for held-out checkpoints by prediction, beside every baseline."""
-    offline()
-    from simmerge.bench.select import run
+    """Choose operator and coefficients for what was held out by prediction, beside every baseline.
 
+    On the shipped table of merges, or on your own: with --table its columns are named by --features, --operator,
+    --target and --groups.
+    """
+    offline()
+    from simmerge.bench.select import columns_of, run
+    from simmerge.bench.select_table import cells, head, markdown_of
+
+    columns = columns_of(table, features or (), operator, target or (), groups or ())
     with console(stderr=True).status("comparing"):
-        result = run(workspace, seed=seed, quick=quick)
+        result = run(workspace, splits=splits or ("checkpoint",), seed=seed, seeds=seeds, quick=quick, table=table,
+                     columns=columns)  # fmt: skip
+    _write(markdown, markdown_of, result)
     if as_json:
         print_json(result)
     else:
-        methods = result["figures"]["methods"]
-        columns = [c for c in next(iter(methods.values())) if c != "method"]
-        _print_table(["method", *columns], [[name, *(_cell(row[c]) for c in columns)] for name, row in methods.items()])
+        for split, found in result["figures"]["splits"].items():
+            console().print(f"{split}: {found['held_out']}")
+            _print_table(head(found), cells(found))
         _print_targets(result)
     _check(result, check)
 
@@ -170,6 +204,38 @@ def probes(
     with _working():
         result = run(workspace, seed=seed, quick=quick)
     _print_plain(result, as_json)
+    _check(result, check)
+
+
+@app.command(
+    "estimators", epilog=example("simmerge bench estimators", "simmerge bench estimators --quick --json --check")
+)
+def estimators(
+    answers: Annotated[
+        Path | None, typer.Option("--answers", help="Recorded answers, Parquet; the shipped ones by default.")
+    ] = None,
+    seed: SeedOption = 0,
+    quick: QuickOption = False,
+    check: CheckOption = False,
+    workspace: CacheOption = BENCH_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate scores of recorded merges from a few items: errors by number of items, ours beside the peers'."""
+    offline()
+    from simmerge.bench.estimators import run
+
+    with _working() as progress:
+        result = run(workspace, answers=answers, seed=seed, quick=quick, progress=progress)
+    if as_json:
+        print_json(result)
+    else:
+        for kind, errors in result["figures"]["errors"].items():
+            counts = list(next(iter(errors.values())))
+            console().print(f"root mean square error, {kind}, {result['figures']['tasks'][kind]} tasks")
+            needed = result["figures"]["items_needed"][kind]
+            rows = [[name, *(f"{e:.3f}" for e in own.values()), f"{needed[name]:.2f}"] for name, own in errors.items()]
+            _print_table(["estimator", *(f"{c} items" for c in counts), "items needed"], rows)
+        _print_targets(result)
     _check(result, check)
 
 

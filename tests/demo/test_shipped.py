@@ -131,7 +131,7 @@ def test_the_bench_of_selection_works(tmp_path: Path) -> None:
 
     result = run(tmp_path / "work", quick=True)
     assert set(result) == {"figures", "targets", "command", "commit", "machine"}
-    methods = result["figures"]["methods"]
+    methods = result["figures"]["splits"]["checkpoint"]["methods"]
     assert methods["oracle"]["regret"][1] == pytest.approx(0)
     assert methods["random"]["regret"][1] == pytest.approx(1, abs=0.25)
     assert methods["surrogate"]["regret"][1] < methods["random"]["regret"][1]

@@ -1,0 +1,49 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from simmerge.surrogate.resampling import mean_interval
+
+
+def _pairs(count: int) -> list[tuple[str, ...]]:
+    return list(itertools.combinations([f"c{k}" for k in range(count)], 2))
+
+
+def test_a_constant_has_no_width() -> None:
+    assert mean_interval(np.full(15, 0.25), _pairs(6), 0) == pytest.approx((0.25, 0.25))
+
+
+def test_what_is_not_defined_is_left_out() -> None:
+    values = np.r_[np.full(9, 0.5), np.full(6, np.nan)]
+    assert mean_interval(values, _pairs(6), 0) == pytest.approx((0.5, 0.5))
+    assert np.isnan(mean_interval(np.full(3, np.nan), _pairs(3), 0)).all()
+
+
+def test_the_seed_decides() -> None:
+    values = np.random.default_rng(1).normal(size=45)
+    assert mean_interval(values, _pairs(10), 3) == mean_interval(values, _pairs(10), 3)
+    assert mean_interval(values, _pairs(10), 3) != mean_interval(values, _pairs(10), 4)
+
+
+def test_problems_repeated_bring_no_certainty() -> None:
+    values = np.random.default_rng(1).normal(size=45)
+    once = mean_interval(values, _pairs(10), 3)
+    assert mean_interval(np.tile(values, 4), _pairs(10) * 4, 3) == pytest.approx(once)
+
+
+@pytest.mark.slow
+def test_intervals_hold_where_checkpoints_decide() -> None:
+    # A value is the sum of two checkpoints' effects: resampling the 105 pairs would cover far less than it says.
+    pairs, rng = _pairs(15), np.random.default_rng(0)
+    index = np.array([[int(name[1:]) for name in pair] for pair in pairs])
+    inside = naive = 0
+    for trial in range(300):
+        effect = rng.normal(size=15)
+        values = effect[index].sum(axis=1) + 0.3 * rng.normal(size=len(pairs))
+        low, high = mean_interval(values, pairs, trial, draws=400)
+        inside += low <= 0 <= high
+        half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
+        naive += abs(values.mean()) <= half
+    assert inside / 300 > 0.87  # 95 % promised; percentiles of 15 checkpoints are a little short
+    assert naive / 300 < 0.6
