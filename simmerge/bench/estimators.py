@@ -1,4 +1,4 @@
-"""`simmerge bench estimators`: errors of estimated scores against the number of items, on recorded merges.
+"""`simmerge bench estimators`: errors of estimated scores against the number of items, and races, on recorded merges.
 
 Each recorded merge is estimated by what its parents, the other checkpoints and the merges of other sets of
 checkpoints answered; what it answered itself is seen only on the items that are asked. Errors are against its score
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from simmerge.bench.races import FIELD, regrets
 from simmerge.bench.result import Target, report
 from simmerge.data import shipped
 from simmerge.errors import EvaluationError
@@ -23,7 +24,7 @@ from simmerge.files import write_atomic
 from simmerge.rng import rng_for
 
 COUNTS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
-FOLDS, DRAWS = 5, 4
+FOLDS, DRAWS, RACES = 5, 4, 20
 RANDOM = "mean of a random subset"
 _SHARE = 0.5
 """Largest share of a task's items that is asked."""
@@ -71,6 +72,8 @@ def run(
             for count, found in by_count.items():
                 own.setdefault(name, {}).setdefault(count, []).append(float(np.mean(np.square(found))))
     curves = {kind: _curves(own) for kind, own in squares.items()}
+    if progress is not None:
+        progress("races")
     workspace.mkdir(parents=True, exist_ok=True)
     write_atomic(workspace / "estimators.json", json.dumps(_figure(curves)))
     saved = {kind: {c.name: saving(c, _named(found, RANDOM)) for c in found} for kind, found in curves.items()}
@@ -79,6 +82,8 @@ def run(
         "items_needed": saved,
         "tasks": {kind: sum(_kind(bank) == kind for bank in banks.values()) for kind in curves},
         "merges": len(next(iter(banks.values())).parents),
+        "races": regrets(banks, seed, 2 if quick else RACES),
+        "field": FIELD,
         "figure": str(workspace / "estimators.json"),
     }
     ours = {kind: min(v for name, v in own.items() if name.startswith("from the parents"))

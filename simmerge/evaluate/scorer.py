@@ -48,7 +48,7 @@ class Batch:
         target: token whose log-likelihood is asked for there.
         starts: first place of each request's run of places, shape `(requests,)`.
         owners: index of each of these requests.
-        used: number of tokens that are not padding.
+        lengths: number of tokens of each row that are not padding, shape `(rows,)`.
     """
 
     tokens: torch.Tensor
@@ -57,7 +57,7 @@ class Batch:
     target: torch.Tensor
     starts: NDArray[np.int64]
     owners: NDArray[np.int64]
-    used: int
+    lengths: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,21 +130,85 @@ def run(model: Any, planned: Plan, *, greedy: bool = True) -> Scored:
     Logits are normalised in float32 and summed in float64, request by request in the order of its
     tokens; what else is asked changes an answer only by the rounding of the forward pass.
 
+    A batch that does not fit into memory is halved until it does, and so are all later ones as large.
+
     Args:
         model: a causal language model of transformers on any device.
         planned: from `plan`, with a `max_length` that the model takes.
         greedy: whether `Scored.greedy` is wanted; otherwise it is all False.
+
+    Raises:
+        EvaluationError: one row alone does not fit into memory.
     """
     total = np.zeros(planned.requests, dtype=np.float64)
     first = np.zeros(planned.requests, dtype=np.bool_)
+    waiting = list(reversed(planned.batches))
+    most = max((batch.tokens.numel() for batch in waiting), default=0)
     with evaluating(model):
-        for batch in planned.batches:
-            logits = _needed_logits(model, batch)
-            values, best = _gathered(logits, batch.target.to(logits.device), greedy)
-            total[batch.owners] = np.add.reduceat(values, batch.starts)
-            if greedy:
-                first[batch.owners] = np.logical_and.reduceat(best, batch.starts)
+        while waiting:
+            batch = waiting.pop()
+            if len(batch.tokens) > 1 and batch.tokens.numel() > most:
+                waiting.extend(reversed(halves(batch)))
+                continue
+            try:
+                logits = _needed_logits(model, batch)
+                values, best = _gathered(logits, batch.target.to(logits.device), greedy)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                most = _smaller(batch, error)
+                waiting.append(batch)
+            else:
+                total[batch.owners] = np.add.reduceat(values, batch.starts)
+                if greedy:
+                    first[batch.owners] = np.logical_and.reduceat(best, batch.starts)
     return Scored(loglikelihood=total, greedy=first)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on an accelerator or on the processor."""
+    # torch's allocator for the processor raises a plain RuntimeError.
+    said = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """The upper and the lower rows of a batch of at least two; requests of one row stay together."""
+    rows = len(batch.tokens) // 2
+    place = int(torch.searchsorted(batch.row, rows))
+    request = int(np.searchsorted(batch.starts, place))
+    upper = Batch(
+        tokens=batch.tokens[:rows],
+        row=batch.row[:place],
+        column=batch.column[:place],
+        target=batch.target[:place],
+        starts=batch.starts[:request],
+        owners=batch.owners[:request],
+        lengths=batch.lengths[:rows],
+    )
+    lower = Batch(
+        tokens=batch.tokens[rows:],
+        row=batch.row[place:] - rows,
+        column=batch.column[place:],
+        target=batch.target[place:],
+        starts=batch.starts[request:] - place,
+        owners=batch.owners[request:],
+        lengths=batch.lengths[rows:],
+    )
+    return upper, lower
+
+
+def _smaller(batch: Batch, error: BaseException) -> int:
+    """Most tokens of a batch from now on."""
+    rows, width = batch.tokens.shape
+    if rows == 1:
+        raise EvaluationError(
+            f"the model runs out of memory on one text of {width} tokens alone; free memory, load the model in a "
+            "smaller dtype, or shorten the task's items"
+        ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what is cached in pieces of the wrong size is in the way
+    return rows * width // 2
 
 
 @contextlib.contextmanager
@@ -229,7 +293,7 @@ def _batch(
         target=torch.tensor(target),
         starts=np.array(starts, dtype=np.int64),
         owners=np.array(owners, dtype=np.int64),
-        used=sum(len(inputs[i]) for i in rows),
+        lengths=np.array([len(inputs[i]) for i in rows], dtype=np.int64),
     )
 
 

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from simmerge.bench.estimators import Curve, read_banks, run, saving
+from simmerge.bench.races import regrets
 from simmerge.cli import main
 from simmerge.errors import EvaluationError
 
@@ -56,6 +57,17 @@ def test_the_bench_measures_every_estimator_it_can(tmp_path: Path) -> None:
         a, b = (list(errors[kind][name].values()) for kind in errors)
         assert np.all(np.array(b) > np.array(a))
     assert json.loads((tmp_path / "estimators.json").read_text())["data"]
+
+
+def test_races_lose_less_with_more_answers(tmp_path: Path) -> None:
+    found = regrets(read_banks(_answers(tmp_path / "a.parquet", merges=60, items=200)), seed=0, races=12)
+    assert {*found} > {"the same items for all", "successive halving", "confidence race"}
+    for own in found.values():
+        shares, values = list(own), list(own.values())
+        assert shares == sorted(shares)
+        assert 0 <= values[-1] < values[0] < 1
+    same, halving = found["the same items for all"], found["successive halving"]
+    assert sum(halving.values()) < sum(same.values())
 
 
 def test_a_table_without_merges_is_refused(tmp_path: Path) -> None:

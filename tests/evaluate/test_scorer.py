@@ -73,7 +73,7 @@ def test_requests_that_begin_one_another_share_a_pass(tiny: tuple[Any, Any]) -> 
 def test_batches_waste_little_on_padding() -> None:
     requests = [request_of(n, 5 + n % 120, 3) for n in range(400)]
     planned = plan(requests, max_length=256, batch_tokens=8192)
-    used = sum(batch.used for batch in planned.batches)
+    used = sum(int(batch.lengths.sum()) for batch in planned.batches)
     assert used == sum(len(r.context) + len(r.continuation) - 1 for r in requests)
     assert tokens(planned) < 1.1 * used
     assert len(planned.batches) < 30
@@ -153,3 +153,55 @@ def test_half_precision_is_normalised_in_single(tiny: tuple[Any, Any]) -> None:
     model = tiny[0].to(torch.bfloat16)
     planned = plan(REQUESTS, max_length=64, batch_tokens=1)
     np.testing.assert_allclose(run(model, planned).loglikelihood, [by_hand(model, r)[0] for r in REQUESTS], atol=1e-3)
+
+
+class Small:
+    """A model on a machine where a pass of more than `most` tokens does not fit."""
+
+    def __init__(self, model: Any, most: int, error: BaseException) -> None:
+        self.model, self.most, self.error = model, most, error
+        self.passes: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        self.passes.append(input_ids.numel())
+        if input_ids.numel() > self.most:
+            raise self.error
+        return self.model(input_ids=input_ids, **given)
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("most", [30, 64, 150])
+def test_batches_that_do_not_fit_are_halved(tiny: tuple[Any, Any], error: BaseException, most: int) -> None:
+    model, _ = tiny
+    requests = [*REQUESTS, greedy_request(model)]
+    planned = plan(requests, max_length=64, batch_tokens=8192)
+    small = Small(model, most, error)
+    got, expected = run(small, planned), run(model, planned)
+    np.testing.assert_allclose(got.loglikelihood, expected.loglikelihood, atol=1e-4)
+    assert got.greedy.tolist() == expected.greedy.tolist()
+    # What was learned once is not tried again.
+    failed = [size for size in small.passes if size > most]
+    assert failed == sorted(failed, reverse=True)
+    assert len(failed) == len(set(failed))
+
+
+def test_a_row_that_does_not_fit_alone_is_said(tiny: tuple[Any, Any]) -> None:
+    planned = plan(REQUESTS, max_length=64, batch_tokens=8192)
+    with pytest.raises(EvaluationError, match=r"out of memory on one text of \d+ tokens alone"):
+        run(Small(tiny[0], 3, ERRORS[0]), planned)
+
+
+def test_other_errors_are_not_taken_for_memory(tiny: tuple[Any, Any]) -> None:
+    planned = plan(REQUESTS, max_length=64, batch_tokens=8192)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(Small(tiny[0], 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied")), planned)
