@@ -42,6 +42,7 @@ class Shortlist:
         self._noise = noise
         self._explore = explore
         self._told: dict[int, float] = {}
+        self._left_out: set[int] = set()
         self._subsets = [tuple(sorted(r.sources())) for r in self._recipes]
         self._operators = [r.root.operator for r in self._recipes]
         self._forms = [form(r) for r in self._recipes]
@@ -70,11 +71,19 @@ class Shortlist:
         return self._mean + weights @ residual, np.sqrt(np.maximum(variance, 0.0))
 
     def ask(self, k: int) -> list[Recipe]:
-        """At most `k` candidates that were not told yet, best first."""
+        """At most `k` candidates that were neither told nor left out yet, best first."""
         mean, deviation = self.posterior()
         value = mean + self._explore * deviation
         order = sorted(range(len(self._recipes)), key=lambda i: (-value[i], self._keys[i]))
-        return [self._recipes[i] for i in [i for i in order if i not in self._told][:k]]
+        return [self._recipes[i] for i in [i for i in order if i not in self._told and i not in self._left_out][:k]]
+
+    def leave_out(self, recipe: Recipe) -> None:
+        """Ask no more for a candidate that could not be measured; nothing is learned from it.
+
+        Raises:
+            ValueError: the recipe is no candidate.
+        """
+        self._left_out.add(self._recipes.index(recipe))
 
     def tell(self, recipe: Recipe, reward: float) -> None:
         """Record a measured score.

@@ -61,6 +61,7 @@ class Answer:
                 {"recipe_id": e.candidate.recipe_id, "label": label(e.candidate.recipe), "value": e.value}
                 for e in self.found.evaluated
             ],
+            "failed": [{"recipe_id": key, "reason": reason} for key, reason in self.found.failed.items()],
             "comparisons": [
                 {"name": c.name, "value": c.value, "difference": c.difference, "low": c.low, "high": c.high}
                 for c in self.found.comparisons
@@ -86,6 +87,8 @@ class Answer:
             out.print(BaselineTable(rows=self.report.baselines))
         out.print(SpendTable(spent=self.report.spent))
         out.print(AnswerPanel(data=self.report))
+        for key, reason in self.found.failed.items():
+            out.print(f"not measured       {key}: {reason}", markup=False, soft_wrap=True)
         sample = self.report.sample
         if sample is not None:
             shown = (sample.prompt + sample.text).strip().replace("\n", " ⏎ ")

@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from simmerge.errors import UsageError
+from simmerge.errors import EvaluationError, MergeError, UsageError
 from simmerge.ledger.protocol import Ledger
 from simmerge.pipeline.measuring import Measurer
 from simmerge.pipeline.ranking import Objective, RankedCandidate, Ranking
 from simmerge.recipe import Recipe, to_dict
 from simmerge.search.shortlist import Shortlist
 from simmerge.types import Score
+
+MOST_FAILURES = 10
+"""Candidates that may fail before the first that does not; more would fail for the same reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,8 @@ class Found:
         comparisons: the answer against its parents and other models there.
         seconds: wall-clock time of this call.
         resumed: whether an earlier, unfinished run was continued.
+        others: scores of the models that the answer was compared with, by name and task.
+        failed: why candidates that were chosen could not be measured, by recipe id; they cost nothing of the budget.
     """
 
     run_id: str
@@ -72,6 +77,7 @@ class Found:
     seconds: float
     resumed: bool
     others: dict[str, dict[str, Score]] = field(default_factory=dict[str, dict[str, Score]])
+    failed: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def values(scores: dict[str, Score]) -> dict[str, float]:
@@ -106,6 +112,7 @@ def search(
 
     Raises:
         UsageError: the budget is below 1.
+        EvaluationError: no candidate could be measured.
     """
     if budget < 1:
         raise UsageError(f"the budget must be at least one full evaluation, got {budget}")
@@ -120,21 +127,7 @@ def search(
         np.array([c.mean for c in ranking.candidates]),
         np.array([(c.high - c.low) / 2 for c in ranking.candidates]),
     )
-    by_recipe = {c.recipe.canonical(): c for c in ranking.candidates}
-    logged = len([e for e in ledger.events(run.run_id) if e.kind == "chosen"])
-    evaluated: list[Evaluated] = []
-    for number in range(min(budget, len(ids))):
-        candidate = by_recipe[policy.ask(1)[0].canonical()]
-        if number >= logged:
-            ledger.append_event(run.run_id, "chosen", {"number": number, "recipe_id": candidate.recipe_id})
-        scores = measurer.recipe(candidate.recipe, target.tasks, "select")
-        result = Evaluated(
-            candidate=candidate, value=target.of(values(scores)), stderr=target.stderr(scores), scores=scores
-        )
-        policy.tell(candidate.recipe, result.value)
-        evaluated.append(result)
-        if progress is not None:
-            progress(number + 1, result)
+    evaluated, failed = _evaluate(ranking, policy, measurer, ledger, run.run_id, budget, progress)
     best = max(evaluated, key=lambda e: (e.value, e.candidate.recipe_id))
     report = measurer.recipe(best.candidate.recipe, target.tasks, "report", rung="report")
     there = target.rebased(measurer.checkpoint(measurer.base, target.tasks, "report"))
@@ -164,7 +157,53 @@ def search(
         seconds=time.perf_counter() - began,
         resumed=run.resumed,
         others=measured,
+        failed=failed,
     )
+
+
+def _evaluate(
+    ranking: Ranking,
+    policy: Shortlist,
+    measurer: Measurer,
+    ledger: Ledger,
+    run_id: str,
+    budget: int,
+    progress: Callable[[int, Evaluated], None] | None,
+) -> tuple[list[Evaluated], dict[str, str]]:
+    """The candidates that the policy asks for, and why others could not be measured, by recipe id."""
+    target = ranking.objective
+    by_recipe = {c.recipe.canonical(): c for c in ranking.candidates}
+    logged = len([e for e in ledger.events(run_id) if e.kind == "chosen"])
+    evaluated: list[Evaluated] = []
+    failed: dict[str, str] = {}
+    while len(evaluated) < budget and (asked := policy.ask(1)):
+        candidate = by_recipe[asked[0].canonical()]
+        number = len(evaluated) + len(failed)
+        if number >= logged:
+            ledger.append_event(run_id, "chosen", {"number": number, "recipe_id": candidate.recipe_id})
+        try:
+            scores = measurer.recipe(candidate.recipe, target.tasks, "select")
+        except (EvaluationError, MergeError) as error:
+            failed[candidate.recipe_id] = str(error)
+            policy.leave_out(candidate.recipe)
+            if number >= logged:
+                ledger.append_event(run_id, "failed", {"recipe_id": candidate.recipe_id, "reason": str(error)})
+            if len(failed) > MOST_FAILURES and not evaluated:
+                break
+            continue
+        result = Evaluated(
+            candidate=candidate, value=target.of(values(scores)), stderr=target.stderr(scores), scores=scores
+        )
+        policy.tell(candidate.recipe, result.value)
+        evaluated.append(result)
+        if progress is not None:
+            progress(len(evaluated), result)
+    if not evaluated:
+        raise EvaluationError(
+            f"none of the {len(failed)} candidates that were tried could be measured; the first failed with: "
+            f"{next(iter(failed.values()))}"
+        )
+    return evaluated, failed
 
 
 def compare(

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from simmerge.errors import CheckpointError, IncompatibleError, SurrogateError, UnknownNameError, UsageError
+from simmerge.errors import (
+    CheckpointError,
+    EvaluationError,
+    IncompatibleError,
+    SurrogateError,
+    UnknownNameError,
+    UsageError,
+)
 from simmerge.operators import RECORDED
 from simmerge.pipeline.answering import answer
 from simmerge.pipeline.comparing import Question, ends, scored_line
+from simmerge.pipeline.measuring import Measurer
 from simmerge.pipeline.predicting import prepare, rank_candidates, space_for, surrogate_of
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.table import read_table, scales
@@ -131,6 +140,39 @@ def test_search_answers_with_a_checkpoint_and_a_report(project: Project, family:
     page = result.page.read_text()
     assert result.found.best.candidate.recipe_id in page
     json.dumps(result.summary(), allow_nan=False)
+
+
+def test_a_candidate_that_fails_is_told_and_the_rest_goes_on(
+    project: Project, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, seen = Measurer.recipe, []
+
+    def failing(self: Measurer, recipe: Recipe, tasks: Sequence[str], split: str, rung: str = "full") -> Any:
+        if split == "select" and recipe.canonical() not in seen:
+            seen.append(recipe.canonical())
+            if len(seen) in (1, 3):
+                raise EvaluationError(f"out of memory {len(seen)}")
+        return measure(self, recipe, tasks, split, rung)
+
+    monkeypatch.setattr(Measurer, "recipe", failing)
+    result = answer(project, ["a", "b", "c"], None, budget=3, out=tmp_path / "merged", **options(family))
+    assert len(result.found.evaluated) == 3
+    assert list(result.found.failed.values()) == ["out of memory 1", "out of memory 3"]
+    assert not {*result.found.failed} & {e.candidate.recipe_id for e in result.found.evaluated}
+    assert [f["reason"] for f in result.summary()["failed"]] == ["out of memory 1", "out of memory 3"]
+    kinds = [event.kind for event in project.ledger.events(result.found.run_id)]
+    assert kinds.count("failed") == 2
+
+
+def test_nothing_that_can_be_measured_is_said(
+    project: Project, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise EvaluationError("the disk is full of nothing")
+
+    monkeypatch.setattr(Measurer, "recipe", failing)
+    with pytest.raises(EvaluationError, match=r"none of the 11 candidates.*disk is full of nothing"):
+        answer(project, ["a", "b", "c"], None, budget=3, out=tmp_path / "merged", **options(family))
 
 
 def test_search_refuses_before_it_pays(project: Project, family: Path, tmp_path: Path) -> None:
