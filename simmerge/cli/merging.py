@@ -82,18 +82,24 @@ def evaluate(
 ) -> None:
     """Score checkpoints or recipes on tasks; what the ledger holds is not measured again."""
     from simmerge.errors import UnknownNameError
+    from simmerge.evaluate.results import audit
     from simmerge.types import SPLITS
 
     if split not in SPLITS:
         raise UnknownNameError("split", split, SPLITS)
     models = [read_recipe_file(Path(s)) if s.endswith((".yaml", ".yml")) else s for s in subjects]
     rows: list[dict[str, Any]] = []
+    warnings: list[str] = []
     with opened(workspace) as project, bar("models", len(models), as_json) as step:
         for name, model in zip(subjects, models, strict=True):
-            for score in project.evaluate([model], task, split)[0].values():
+            scores = project.evaluate([model], task, split)[0]
+            warnings += audit(name, scores.values())
+            for score in scores.values():
                 rows.append({"model": name, "task": score.task, "split": split, "score": score.value,
                              "stderr": score.stderr, "items": score.items, **dict(score.extra)})  # fmt: skip
             step(name)
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
     if as_json:
         print_json(rows)
         return

@@ -18,6 +18,7 @@ from simmerge.evaluate.judge import CompiledSplit, measure
 from simmerge.evaluate.lm_eval_tasks import (
     VERSION,
     compile_split,
+    cut_answers,
     cut_contexts,
     generated,
     max_length,
@@ -98,7 +99,8 @@ class LmEvalEvaluator:
         Returns:
             One score per task. `per_item[i].value` is in the score's direction, and its weighted mean is
             the score's value. `extra` has all metrics of the task in their own direction, `nll` (nats per
-            item), `choice_nll` (multiple choice) and `truncated` (items whose context was cut).
+            item), `choice_nll` (multiple choice), `truncated` (items whose context was cut) and `unfinished`
+            (generated answers as long as the task allows); `results.audit` says what to do about the last two.
 
         Raises:
             UnknownNameError: no task of that name.
@@ -130,11 +132,11 @@ class LmEvalEvaluator:
         for position, compiled in enumerate(chosen):
             begun = time.perf_counter()
             if compiled.task.output_type == "generate_until":
-                given, cut = self._generate(model, tokenizer, compiled, start, stop)
+                given, cuts = self._generate(model, tokenizer, compiled, start, stop)
             else:
-                given, cut = self._answers(bundled, scored, position, compiled, start)
+                given, cuts = self._answers(bundled, scored, position, compiled, start)
             measured, extra = measure(compiled, given, start)
-            extra |= mean_extras(measured) | {"truncated": float(cut)}
+            extra |= mean_extras(measured) | cuts
             share = passed * bundled.tokens[position] / whole if whole else 0.0
             seconds = share + time.perf_counter() - begun
             scores.append(score_of(compiled.task, split, measured, seconds=seconds, extra=extra))
@@ -166,7 +168,7 @@ class LmEvalEvaluator:
 
     def _answers(
         self, bundled: Bundle, scored: Scored, position: int, compiled: CompiledSplit, start: int
-    ) -> tuple[list[list[Any]], int]:
+    ) -> tuple[list[list[Any]], dict[str, float]]:
         pairs = answers(bundled, scored, position)
         for index, item in enumerate(pairs, start=start):
             if not all(math.isfinite(value) for value, _ in item):
@@ -177,15 +179,19 @@ class LmEvalEvaluator:
                 )
         rolling = compiled.task.output_type == "loglikelihood_rolling"
         given = [[value for value, _ in item] for item in pairs] if rolling else pairs
-        return cast(list[list[Any]], given), bundled.truncated[position]
+        return cast(list[list[Any]], given), {"truncated": float(bundled.truncated[position])}
 
     def _generate(
         self, model: Any, tokenizer: Any, compiled: CompiledSplit, start: int, stop: int | None
-    ) -> tuple[list[list[Any]], int]:
+    ) -> tuple[list[list[Any]], dict[str, float]]:
         instances = [item[0] for item in compiled.instances[start:stop]]
         with evaluating(model):
             texts = generated(model, tokenizer, compiled, instances, self._generate_batch)
-        return [[text] for text in texts], cut_contexts(model, tokenizer, instances)
+        cuts = {
+            "truncated": float(cut_contexts(model, tokenizer, instances)),
+            "unfinished": float(cut_answers(tokenizer, instances, texts)),
+        }
+        return [[text] for text in texts], cuts
 
     def _key(self, tokenizer: Any) -> str:
         if tokenizer not in self._keys:

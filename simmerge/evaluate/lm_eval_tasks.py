@@ -274,3 +274,15 @@ def cut_contexts(model: Any, tokenizer: Any, instances: Sequence[Any]) -> int:
         room = longest - int(normalize_gen_kwargs(kwargs).get("max_gen_toks", 0))
         count += len(tokenizer.encode(context)) > room
     return count
+
+
+def cut_answers(tokenizer: Any, instances: Sequence[Any], texts: Sequence[str]) -> int:
+    """How many texts of `generate_until` are as long as the task allows: most of them were not finished.
+
+    Tokens are counted by encoding the text again, which may differ by one from what the model wrote.
+    """
+    count = 0
+    for instance, text in zip(instances, texts, strict=True):
+        most = int(normalize_gen_kwargs(instance.args[1]).get("max_gen_toks", 0))
+        count += 0 < most <= len(tokenizer.encode(text, add_special_tokens=False))
+    return count

@@ -1,7 +1,7 @@
 """From an item's metrics to a score with its error."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,3 +71,28 @@ def mean_extras(measured: Sequence[Measured]) -> dict[str, float]:
     """Plain means over items of what every item has in `extra`, by name."""
     names = [name for name in measured[0].extra if all(name in item.extra for item in measured)] if measured else []
     return {name: weighted_mean([item.extra[name] for item in measured]) for name in names}
+
+
+_CUT: Mapping[str, tuple[str, str]] = {
+    "truncated": (
+        "do not fit the model's context and were cut on the left",
+        "shorten them, or use a model with a longer context",
+    ),
+    "unfinished": ("were cut at the task's max_gen_toks", "raise it: a right answer that comes later counts as wrong"),
+}
+
+
+def audit(name: str, scores: Iterable[Score]) -> list[str]:
+    """Warnings about scores of items or answers that were cut, one line each; empty where there are none.
+
+    Args:
+        name: whose scores they are.
+        scores: with the counts of the evaluator in `extra`.
+    """
+    return [
+        f"task '{score.task}', '{name}': {int(count)} of {score.items} "
+        f"{'items' if key == 'truncated' else 'answers'} {what}; {remedy}"
+        for score in scores
+        for key, (what, remedy) in _CUT.items()
+        if (count := score.extra.get(key, 0.0)) > 0
+    ]

@@ -14,8 +14,9 @@ import yaml
 
 from simmerge.errors import EvaluationError, RangeError, UnknownNameError
 from simmerge.evaluate.lm_eval_adapter import LmEvalEvaluator, tokenizer_key
-from simmerge.evaluate.results import choice_nll
+from simmerge.evaluate.results import audit, choice_nll
 from simmerge.evaluate.tasks import load_task
+from simmerge.types import Score
 
 Write = Callable[..., Path]
 KINDS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
@@ -215,3 +216,22 @@ def test_scores_do_not_depend_on_threads_or_hash_seed(write_task: Write, tiny: t
         told.append(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
     assert told[0].count("\n") == 4
     assert told[0] == told[1]
+
+
+def test_answers_as_long_as_the_task_allows_are_counted_and_warned_of(write_task: Any, tiny: tuple[Any, Any]) -> None:
+    settings = {"until": ["no model writes this"], "do_sample": False}
+    short = load_task(write_task("short", "generate_until", generation_kwargs=settings | {"max_gen_toks": 2}))
+    found = LmEvalEvaluator([short]).score(*tiny, ["short"], "select")[0]
+    assert 0 < found.extra["unfinished"] <= found.items
+    (warning,) = audit("merged", [found])
+    assert f"{int(found.extra['unfinished'])} of {found.items} answers" in warning
+    assert "'short'" in warning
+    assert "max_gen_toks" in warning
+
+
+def test_contexts_that_were_cut_are_warned_of() -> None:
+    score = Score(task="t", split="select", value=0.5, stderr=0.1, items=9, extra={"truncated": 4.0})
+    (warning,) = audit("m", [score])
+    assert warning.startswith("task 't', 'm': 4 of 9 items do not fit")
+    whole = Score(task="t", split="select", value=0.5, stderr=0.1, items=9, extra={"truncated": 0.0, "unfinished": 0.0})
+    assert audit("m", [whole]) == []
