@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simmerge.evaluate.scorer import Plan, Scored, TokenRequest, plan
 
@@ -19,14 +20,12 @@ class Bundle:
         plan: over all requests, so that short items of one task fill the batches of another.
         spans: `[task][item][instance]`, each the first request and the one after the last.
         tokens: tokens that each task costs, for sharing out the time.
-        truncated: number of items of each task whose context was cut.
         highest: largest token id, or -1 without requests.
     """
 
     plan: Plan
     spans: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
     tokens: tuple[int, ...]
-    truncated: tuple[int, ...]
     highest: int
 
 
@@ -57,7 +56,6 @@ def bundle(tasks: Sequence[Sequence[ItemRequests]], *, max_length: int, batch_to
         plan=planned,
         spans=tuple(spans),
         tokens=tuple(sum(int(np.sum(planned.tokens[_range(i)])) for i in task) for task in spans),
-        truncated=tuple(sum(bool(planned.truncated[_range(i)].any()) for i in task) for task in spans),
         highest=max((max(r.context + r.continuation) for r in requests), default=-1),
     )
 
@@ -71,6 +69,17 @@ def answers(bundled: Bundle, scored: Scored, task: int) -> list[list[tuple[float
     return [
         [(sum(values[first:last]), all(greedy[first:last])) for first, last in item] for item in bundled.spans[task]
     ]
+
+
+def complete(bundled: Bundle, there: NDArray[np.bool_], task: int) -> list[bool]:
+    """Whether all requests of each item of one task were answered.
+
+    Args:
+        bundled: the requests.
+        there: which requests were answered, shape `(requests,)`.
+        task: index of the task.
+    """
+    return [bool(there[_range(item)].all()) for item in bundled.spans[task]]
 
 
 def _range(item: tuple[tuple[int, int], ...]) -> slice:

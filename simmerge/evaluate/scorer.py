@@ -6,7 +6,7 @@ forward passes and little else.
 
 import contextlib
 import inspect
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -124,7 +124,9 @@ def plan(requests: Sequence[TokenRequest], *, max_length: int, batch_tokens: int
     )
 
 
-def run(model: Any, planned: Plan, *, greedy: bool = True) -> Scored:
+def run(
+    model: Any, planned: Plan, *, greedy: bool = True, after: Callable[[Scored, NDArray[np.bool_]], None] | None = None
+) -> Scored:
     """Answer a plan's requests with a live model; its mode and its gradients are left as they were.
 
     Logits are normalised in float32 and summed in float64, request by request in the order of its
@@ -136,12 +138,14 @@ def run(model: Any, planned: Plan, *, greedy: bool = True) -> Scored:
         model: a causal language model of transformers on any device.
         planned: from `plan`, with a `max_length` that the model takes.
         greedy: whether `Scored.greedy` is wanted; otherwise it is all False.
+        after: called after every pass with the answers so far and which of them are there, shape `(requests,)`.
 
     Raises:
         EvaluationError: one row alone does not fit into memory.
     """
     total = np.zeros(planned.requests, dtype=np.float64)
     first = np.zeros(planned.requests, dtype=np.bool_)
+    there = np.zeros(planned.requests, dtype=np.bool_)
     waiting = list(reversed(planned.batches))
     most = max((batch.tokens.numel() for batch in waiting), default=0)
     with evaluating(model):
@@ -162,6 +166,9 @@ def run(model: Any, planned: Plan, *, greedy: bool = True) -> Scored:
                 total[batch.owners] = np.add.reduceat(values, batch.starts)
                 if greedy:
                     first[batch.owners] = np.logical_and.reduceat(best, batch.starts)
+                there[batch.owners] = True
+                if after is not None:
+                    after(Scored(loglikelihood=total, greedy=first), there)
     return Scored(loglikelihood=total, greedy=first)
 
 

@@ -1,6 +1,6 @@
 """The seam of the ledger; `simmerge.testing.ledger_contract` holds the test that every one passes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from simmerge.ledger.values import CheckpointEntry, Event, RecipeEntry, Run, ScoreEntry, TaskEntry
@@ -8,7 +8,7 @@ from simmerge.types import Score
 
 
 class Ledger(Protocol):
-    """Append-only record. Every call that writes is committed when it returns.
+    """Append-only record, but for answers of unfinished evaluations. Every call that writes is committed when it returns.
 
     Telling the same thing twice changes nothing, so that a run that was killed can be repeated.
     """
@@ -102,6 +102,18 @@ class Ledger(Protocol):
         with_items: bool = False,
     ) -> tuple[ScoreEntry, ...]:
         """Scores that match every filter given, in the order they were recorded."""
+        ...
+
+    def put_answers(self, subject: str, task_digest: str, answers: Mapping[str, Any], *, settings: str) -> None:
+        """Keep what a model answered to some items, plain data by item; the first answer of an item stands."""
+        ...
+
+    def answers(self, subject: str, task_digest: str, *, settings: str) -> dict[str, Any]:
+        """What `put_answers` kept of a model, by item."""
+        ...
+
+    def drop_answers(self, subject: str, task_digest: str, items: Iterable[str], *, settings: str) -> None:
+        """Forget the answers to some items: the score that they are a part of is recorded."""
         ...
 
     def start_run(self, kind: str, parameters: Mapping[str, Any]) -> Run:

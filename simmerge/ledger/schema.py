@@ -92,6 +92,20 @@ class ScoreRow(Base):
     created_at: Mapped[str] = mapped_column(String(40))
 
 
+class AnswerRow(Base):
+    """What one model answered to one item, until the score that it is a part of is recorded."""
+
+    __tablename__ = "answers"
+    __table_args__ = (UniqueConstraint("subject", "task_digest", "settings_digest", "item"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    subject: Mapped[str] = mapped_column(String(128))
+    task_digest: Mapped[str] = mapped_column(String(128))
+    settings_digest: Mapped[str] = mapped_column(String(64))
+    item: Mapped[str] = mapped_column(Text)
+    value: Mapped[Any] = mapped_column(JSON)
+
+
 class RunRow(Base):
     """One run; at most one of a kind and of equal parameters is unfinished."""
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from simmerge.errors import UnknownNameError, UsageError, WorkspaceError
 from simmerge.ledger import convert
 from simmerge.ledger.convert import now, parameters_digest, plain, score_values, settings_digest
 from simmerge.ledger.database import connect, guard, writing
-from simmerge.ledger.schema import CheckpointRow, EventRow, RecipeRow, RunRow, ScoreRow, TaskRow
+from simmerge.ledger.schema import AnswerRow, CheckpointRow, EventRow, RecipeRow, RunRow, ScoreRow, TaskRow
 from simmerge.ledger.values import CheckpointEntry, Event, RecipeEntry, Run, ScoreEntry, TaskEntry
 from simmerge.types import Score
 
 # Writers of a database without SQLite's single write lock can meet on a sequence number; each try lets
 # one of them through, so this many may meet at once.
 _TRIES = 20
+_PARAMETERS = 500
+"""Values in one statement; SQLite before 3.32 takes 999."""
 
 
 def open_ledger(where: str | Path) -> "SqlLedger":
@@ -215,6 +217,40 @@ class SqlLedger:
             rows = session.scalars(query.order_by(ScoreRow.id))
             return tuple(convert.score_entry(row, with_items=with_items) for row in rows)
 
+    def put_answers(self, subject: str, task_digest: str, answers: Mapping[str, Any], *, settings: str) -> None:
+        """See `Ledger.put_answers`."""
+        kept = plain(answers, f"answers of '{subject}'")
+        digest = settings_digest(settings)
+        for attempt in range(_TRIES):
+            known = self.answers(subject, task_digest, settings=settings)
+            rows = [
+                AnswerRow(subject=subject, task_digest=task_digest, settings_digest=digest, item=item, value=value)
+                for item, value in kept.items()
+                if item not in known
+            ]
+            try:
+                with self._write() as session:
+                    session.add_all(rows)
+                return
+            except exc.IntegrityError:  # another process answered some of them meanwhile
+                if attempt + 1 == _TRIES:
+                    raise
+
+    def answers(self, subject: str, task_digest: str, *, settings: str) -> dict[str, Any]:
+        """See `Ledger.answers`."""
+        query = sa.select(AnswerRow.item, AnswerRow.value).where(*_answers_key(subject, task_digest, settings))
+        with self._read() as session:
+            return {item: value for item, value in session.execute(query)}
+
+    def drop_answers(self, subject: str, task_digest: str, items: Iterable[str], *, settings: str) -> None:
+        """See `Ledger.drop_answers`."""
+        gone = list(items)
+        key = _answers_key(subject, task_digest, settings)
+        with self._write() as session:
+            for start in range(0, len(gone), _PARAMETERS):
+                part = gone[start : start + _PARAMETERS]
+                session.execute(sa.delete(AnswerRow).where(*key, AnswerRow.item.in_(part)))
+
     def start_run(self, kind: str, parameters: Mapping[str, Any]) -> Run:
         """See `Ledger.start_run`."""
         kept = plain(parameters, f"parameters of a run '{kind}'")
@@ -303,6 +339,14 @@ def _run(session: Session, run_id: str) -> RunRow:
     if row is None:
         raise UnknownNameError("run", run_id, session.scalars(sa.select(RunRow.run_id)))
     return row
+
+
+def _answers_key(subject: str, task_digest: str, settings: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return (
+        AnswerRow.subject == subject,
+        AnswerRow.task_digest == task_digest,
+        AnswerRow.settings_digest == settings_digest(settings),
+    )
 
 
 def _score_key(subject: str, task_digest: str, split: str, settings: str) -> tuple[sa.ColumnElement[bool], ...]:

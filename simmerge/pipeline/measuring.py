@@ -1,7 +1,7 @@
 """Paying for scores: every measurement goes through the ledger, and none is paid twice."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -30,6 +30,32 @@ class Spent:
     items: int = 0
     merge_seconds: float = 0.0
     evaluate_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Answers:
+    """One subject's answers in the ledger; `held` are digests of the tasks that it has some of."""
+
+    ledger: Ledger
+    subject: str
+    settings: str
+    held: set[str] = field(default_factory=set[str])
+
+    def known(self, task_digest: str) -> Mapping[str, list[Any]]:
+        found = self.ledger.answers(self.subject, task_digest, settings=self.settings)
+        if found:
+            self.held.add(task_digest)
+        return found
+
+    def keep(self, task_digest: str, found: Mapping[str, list[Any]]) -> None:
+        self.held.add(task_digest)
+        self.ledger.put_answers(self.subject, task_digest, found, settings=self.settings)
+
+    def drop(self, task_digest: str, score: Score) -> None:
+        """Forget what a recorded score is made of."""
+        if task_digest in self.held:
+            items = [item.item for item in score.per_item]
+            self.ledger.drop_answers(self.subject, task_digest, items, settings=self.settings)
 
 
 @dataclass(slots=True)
@@ -88,13 +114,15 @@ class Measurer:
                 self._evaluator = LmEvalEvaluator(self.tasks)
             model, tokenizer = self.live()
             began = time.perf_counter()
-            scores = self._evaluator.score(model, tokenizer, missing, split)
+            answers = _Answers(self.ledger, subject, settings)
+            scores = self._evaluator.score(model, tokenizer, missing, split, known=answers)
             self.spent.evaluate_seconds += time.perf_counter() - began
             self.spent.models += 1
             for score in scores:
                 self.spent.items += score.items
                 kept = score if self.keep_items else _without_items(score)
                 self.ledger.record_score(subject, digest[score.task], kept, settings=settings, rung=rung)
+                answers.drop(digest[score.task], score)
                 known[score.task] = score
         return {name: score for name, score in known.items() if score is not None}
 

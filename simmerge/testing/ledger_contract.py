@@ -106,6 +106,18 @@ class LedgerContract:
         assert ledger.score("r", "v1", "select") == SCORE
         assert ledger.score("r", "v2", "select") is None
 
+    def test_answers_are_kept_by_model_and_item_until_they_are_dropped(self, ledger: Ledger) -> None:
+        """No model sees another's, nor another version's of the task, nor those of other settings."""
+        ledger.put_answers("r", "v1", {"a": [[-1.5, True]], "é": ["text"]}, settings="s")
+        ledger.put_answers("r", "v1", {"a": [[9.0, False]], "b": [[0.1 + 0.2, False]]}, settings="s")
+        assert ledger.answers("r", "v1", settings="s") == {"a": [[-1.5, True]], "é": ["text"], "b": [[0.1 + 0.2, False]]}
+        for subject, version, settings in (("q", "v1", "s"), ("r", "v2", "s"), ("r", "v1", "t")):
+            assert ledger.answers(subject, version, settings=settings) == {}
+        ledger.put_answers("q", "v1", {"a": [[0.0, False]]}, settings="s")
+        ledger.drop_answers("r", "v1", ["a", "b", "none"], settings="s")
+        assert ledger.answers("r", "v1", settings="s") == {"é": ["text"]}
+        assert ledger.answers("q", "v1", settings="s") == {"a": [[0.0, False]]}
+
     def test_scores_are_told_apart_by_subject_version_split_and_settings(self, ledger: Ledger) -> None:
         """Each of the four makes another score; filters find them."""
         assert ledger.record_score("r", "v1", SCORE)

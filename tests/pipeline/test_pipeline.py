@@ -26,7 +26,7 @@ from simmerge.errors import (
 from simmerge.operators import RECORDED
 from simmerge.pipeline.answering import answer
 from simmerge.pipeline.comparing import Question, ends, scored_line
-from simmerge.pipeline.measuring import Measurer
+from simmerge.pipeline.measuring import SETTINGS, Measurer
 from simmerge.pipeline.predicting import prepare, rank_candidates, space_for, surrogate_of
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.table import read_table, scales
@@ -274,3 +274,32 @@ def test_hash_seed_and_threads_change_neither_ranking_nor_merge(family: Path, tm
 def test_every_operator_can_be_ranked(project: Project, family: Path) -> None:
     ranked = ranking(project, family).candidates
     assert {c.recipe.root.operator for c in ranked} == set(RECORDED)
+
+
+def test_a_killed_evaluation_goes_on_in_the_ledger_and_models_are_not_mixed(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simmerge.evaluate.remembered.EVERY_SECONDS", 0.0)
+    measurer = project.measurer(["a", "b"], project.tasks())
+    tasks = ["text_one", "text_two"]
+    other = Recipe(root=step("linear", ["a", "b"], None, {"weight": (0.5, 0.5)}))
+    with measurer.sources:
+        expected = {name: measurer.checkpoint(name, tasks, "select") for name in ("a", "b")}
+        ledger, record = project.ledger, type(project.ledger).record_score
+
+        def killed(*_: Any, **__: Any) -> bool:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(type(ledger), "record_score", killed)
+        with pytest.raises(KeyboardInterrupt):
+            measurer.recipe(other, tasks, "select")
+        monkeypatch.setattr(type(ledger), "record_score", record)
+        digest = next(task.digest for task in measurer.tasks if task.name == "text_one")
+        kept = ledger.answers(other.recipe_id(measurer.sources.digests), digest, settings=SETTINGS)
+        assert kept
+        found = measurer.recipe(other, tasks, "select")
+        # The answers were forgotten with the record of the score, and belonged to the recipe alone.
+        assert not ledger.answers(other.recipe_id(measurer.sources.digests), digest, settings=SETTINGS)
+    assert {t: s.value for t, s in found.items()} not in [
+        {t: s.value for t, s in scores.items()} for scores in expected.values()
+    ]
