@@ -243,6 +243,24 @@ def estimators(
     _check(result, check)
 
 
+@app.command("evaluate", epilog=example("simmerge bench evaluate", "simmerge bench evaluate --quick --json --check"))
+def evaluate(
+    seed: SeedOption = 0,
+    quick: QuickOption = False,
+    check: CheckOption = False,
+    workspace: CacheOption = BENCH_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Time an evaluation beside the bare model's forward passes and lm-eval's own loop."""
+    offline()
+    from simmerge.bench.evaluate import run
+
+    with _working() as progress:
+        result = run(workspace, seed=seed, quick=quick, progress=progress)
+    _print_plain(result, as_json)
+    _check(result, check)
+
+
 @app.command(
     "scale",
     epilog=example(

@@ -286,3 +286,22 @@ def cut_answers(tokenizer: Any, instances: Sequence[Any], texts: Sequence[str]) 
         most = int(normalize_gen_kwargs(instance.args[1]).get("max_gen_toks", 0))
         count += 0 < most <= len(tokenizer.encode(text, add_special_tokens=False))
     return count
+
+
+def lm_eval_scores(task: Task, split: str, model: Any, tokenizer: Any, batch_size: int) -> list[float]:
+    """The score's metric of every item by lm-eval's own `evaluate` over its own model class, times the task's sign.
+
+    What the tests and the bench hold our loop against; the product does not use it.
+    """
+    config = read_config(task.path)
+    with quiet():
+        lm_task = _DataTask(_in_memory(config, load_items(task.path, config), split))
+        lm_task.set_fewshot_seed(_FEWSHOT_SEED)
+        lm = _HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        result: Any = lm_eval.evaluate(
+            lm=lm,
+            task_dict=cast(Any, {"tasks": {task.name: lm_task}, "groups": {}, "group_map": {}}),
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    return [task.sign * float(sample[task.score_metric]) for sample in result["samples"][task.name]]
