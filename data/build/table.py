@@ -11,20 +11,23 @@ the plan is a usable table too.
 import argparse
 import itertools
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.random import Generator
 
 from simmerge.demo import FOREIGN, HELD_OUT
 from simmerge.demo.materialize import materialize_tasks
 from simmerge.evaluate.tasks import load_tasks
-from simmerge.operators import OPERATORS, RECORDED, form
+from simmerge.operators import OPERATORS, RECORDED, OperatorSpec, form, normal_form
 from simmerge.pipeline.catalog import Catalog
 from simmerge.pipeline.measuring import Measurer
-from simmerge.recipe import Recipe
+from simmerge.recipe import Recipe, Value, step
 from simmerge.rng import rng_for
 from simmerge.search.candidates import Space, candidates
 from simmerge.workspace import Workspace
@@ -32,6 +35,14 @@ from simmerge.workspace import Workspace
 SPLIT = "select"
 MULTI = {3: 24, 4: 10, 5: 6}
 """Subsets of the training checkpoints that are merged three, four and five at a time."""
+WIDE = {2: 120, 3: 40, 4: 30, 5: 20}
+"""Subsets of all checkpoints that every operator merges, with drawn coefficients; all pairs there are."""
+SETTINGS = 2
+RANGES: Mapping[tuple[str, str], tuple[float, float]] = MappingProxyType(
+    {("nearswap", "t"): (1e-4, 1e-2), ("della", "epsilon"): (0.05, 0.2), ("della_linear", "epsilon"): (0.05, 0.2),
+     ("breadcrumbs", "gamma"): (0.005, 0.05), ("breadcrumbs_ties", "gamma"): (0.005, 0.05)}
+)  # fmt: skip
+"""Ranges of coefficients that a grid leaves alone."""
 
 
 def space(*sizes: int) -> Space:
@@ -49,6 +60,7 @@ def plan(names: list[str], base: str) -> list[Recipe]:
     found += candidates(held, base, space(4, 5))
     found += list(_sampled(seen, base))
     found += [r for r in candidates(names, base, space(2)) if len({*r.sources()} & {*held}) == 1]
+    found += list(_wide(names, base))
     return list({recipe.canonical(): recipe for recipe in found}.values())
 
 
@@ -61,6 +73,59 @@ def _sampled(names: list[str], base: str) -> Iterator[Recipe]:
         drawn += [subsets[k] for k in order]
     for k in rng_for(0, "table", "order").permutation(len(drawn)):
         yield from candidates(drawn[k], base, space(len(drawn[k])))
+
+
+def _wide(names: list[str], base: str) -> Iterator[Recipe]:
+    """Every operator on every pair, in both orders where order matters, and on larger subsets, with drawn coefficients.
+
+    In an order that is drawn too, so that any first part of it is a fair sample.
+    """
+    wide = [spec for spec in OPERATORS.values() if not spec.needs and spec.name != "passthrough"]
+    found: list[Recipe] = []
+    for size, count in WIDE.items():
+        subsets = list(itertools.combinations(names, size))
+        order = rng_for(0, "table", "wide", str(size)).permutation(len(subsets))[:count]
+        for subset in (subsets[k] for k in order):
+            for spec in wide:
+                found += _drawn(spec, subset, base)
+    for k in rng_for(0, "table", "wide", "order").permutation(len(found)):
+        yield found[k]
+
+
+def _drawn(spec: OperatorSpec, subset: tuple[str, ...], base: str) -> Iterator[Recipe]:
+    """Recipes of one operator over one subset: `SETTINGS` for a pair, one of each of two orders for more."""
+    rng = rng_for(0, "table", "wide", spec.name, *subset)
+    root = base if spec.needs_base else None
+    if spec.min_inputs <= len(subset) and (spec.max_inputs is None or len(subset) <= spec.max_inputs):
+        for number in range(SETTINGS if len(subset) == 2 else 1):
+            # Every other recipe of an operator that minds has its inputs the other way round.
+            inputs = subset[::-1] if spec.ordered and number % 2 else subset
+            yield normal_form(Recipe(root=step(spec.name, inputs, root, _settings(spec, len(subset), rng))))
+    elif spec.max_inputs == 2:
+        for _ in range(2):
+            order = [subset[k] for k in rng.permutation(len(subset))]
+            node = step(spec.name, order[:2], root, _settings(spec, 2, rng))
+            for name in order[2:]:
+                node = step(spec.name, [node, name], root, _settings(spec, 2, rng))
+            yield normal_form(Recipe(root=node))
+
+
+def _settings(spec: OperatorSpec, inputs: int, rng: Generator) -> dict[str, Value]:
+    """Coefficients from half the least to five quarters of the largest level that a grid tries; shares of all inputs."""
+    found: dict[str, Value] = {}
+    for coefficient in spec.coefficients:
+        low, high = RANGES.get((spec.name, coefficient.name), (0.0, 0.0))
+        if coefficient.levels and not high:
+            low = max(coefficient.low, min(coefficient.levels) / 2)
+            high = min(coefficient.high, max(coefficient.levels) * 1.25)
+        if coefficient.name == "weight":
+            if rng.random() < 0.5:
+                found["weight"] = tuple(min(2.0, round(float(x), 3)) for x in inputs * rng.dirichlet([3.0] * inputs))
+        elif high > low:
+            at = rng.uniform(math.log(low), math.log(high)) if coefficient.scale == "log" else rng.uniform(low, high)
+            value = math.exp(at) if coefficient.scale == "log" else at
+            found[coefficient.name] = float(f"{value:.3g}")
+    return found
 
 
 def measure(catalogue: Path, tasks_folder: Path, work: Path, limit: int, part: tuple[int, int]) -> None:
