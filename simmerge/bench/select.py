@@ -140,7 +140,7 @@ def _target(split: str, methods: Mapping[str, Any]) -> Target:
 def _shipped_rows(workspace: Path) -> TrainingRows:
     facts = json.loads(shipped("catalog", "catalog.json").read_text())
     table = read_table(shipped("scores", "mini.parquet"))
-    with Project(workspace) as project:
+    with Project(workspace / "select") as project:
         project.add_tasks(materialize_tasks(shipped("tasks"), project.workspace.root / "tasks"))
         for name, base in facts["checkpoints"].items():
             if name != FOREIGN:
