@@ -26,7 +26,7 @@ def run(workspace: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any
     """Compare the surrogate with the baselines, leave-checkpoint-out.
 
     Args:
-        workspace: where fingerprints are kept.
+        workspace: folder of the benches; fingerprints are kept in its `select`.
         seed: seed of folds and fits.
         quick: every fourth recipe and three folds: checks that the bench works, not its figures.
     """
@@ -34,7 +34,7 @@ def run(workspace: Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any
 
     facts = json.loads(shipped("catalog", "catalog.json").read_text())
     table = read_table(shipped("scores", "mini.parquet"))
-    with Project(workspace) as project:
+    with Project(workspace / "select") as project:
         project.add_tasks(materialize_tasks(shipped("tasks"), project.workspace.root / "tasks"))
         for name, base in facts["checkpoints"].items():
             if name != FOREIGN:
