@@ -15,6 +15,7 @@ import numpy.typing as npt
 from simmerge.features.kernels import CHUNK
 from simmerge.features.measures import clipped
 from simmerge.features.sketch import class_of, group_of, key_for, run_sketch
+from simmerge.operators.kernels.jit import compiled
 
 Array = npt.NDArray[np.float64]
 Float32 = npt.NDArray[np.float32]
@@ -133,19 +134,22 @@ def spectrum_of(
         Halko, Martinsson and Tropp 2011, https://arxiv.org/abs/0909.4061, section 5.1; Rudelson and Vershynin 2007,
         https://arxiv.org/abs/math/0503442 (stable rank).
     """
-    gram = np.array([[float(np.sum(a * b)) for b in projections.T] for a in projections.T])
+    along = np.ascontiguousarray(projections.T)
+    gram: Array = np.sum(along[:, None, :] * along[None, :, :], axis=-1)
     values, vectors = _eigen(gram)
     if not (values[0] > 0 and squared > 0):
         return None
     kept = min(LEADING, int(np.count_nonzero(values > _LEAST * values[0])))
     leading = np.zeros(LEADING)
     leading[:kept] = values[:kept]
-    left = [np.sum(projections * vectors[:, i], axis=1) / values[i] for i in range(kept)]
+    left = np.zeros((LEADING, VECTOR_SIZE))
+    for i in range(kept):
+        left[i] = _compressed(np.sum(projections * vectors[:, i], axis=1) / values[i], seed)
     return Spectrum(
         values=leading,
         stable_rank=clipped(squared / float(values[0]) ** 2, 1.0, float(min(shape))),
         effective_rank=effective_rank,
-        left=_orthonormal([_compressed(vector, seed) for vector in left]),
+        left=_orthonormal(left),
     )
 
 
@@ -187,14 +191,24 @@ def _compressed(vector: Array, seed: int) -> Array:
     return result
 
 
-def _orthonormal(vectors: Sequence[Array]) -> Array:
-    """Gram-Schmidt in the order given, each with its largest entry positive; what depends on the others is zero."""
-    basis = np.zeros((LEADING, VECTOR_SIZE))
-    for i, vector in enumerate(vectors):
-        rest = vector
+@compiled
+def _orthonormal(vectors: Array) -> Array:
+    """Gram-Schmidt in the order given, each with its largest entry positive; what depends on the others is zero.
+
+    Args:
+        vectors: shape `(r, q)`, overwritten.
+
+    Returns:
+        The same array.
+    """
+    for i in range(vectors.shape[0]):
+        rest = vectors[i]
         for _ in range(2):  # once leaves an error of a rounding over the part that is left
-            rest = rest - np.sum(np.sum(basis * rest, axis=1)[:, None] * basis, axis=0)
-        length = math.sqrt(float(np.sum(rest * rest)))
+            for j in range(i):
+                rest -= np.sum(vectors[j] * rest) * vectors[j]
+        length = math.sqrt(np.sum(rest * rest))
         if length > _LEAST:
-            basis[i] = rest * math.copysign(1 / length, rest[np.argmax(np.abs(rest))])
-    return basis
+            rest *= math.copysign(1 / length, rest[np.argmax(np.abs(rest))])
+        else:
+            rest[:] = 0
+    return vectors

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cache
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ from simmerge.errors import FingerprintError, IncompatibleError
 from simmerge.features.kernels import CHUNK, RUNS, Stored
 
 Float32 = npt.NDArray[np.float32]
+
+Entries = Stored | torch.Tensor
+"""Flat entries: as the kernels read them, or of a dtype that torch widens for them."""
 
 BLOCK = 8 * RUNS * CHUNK
 """Entries that a kernel is given at a time, and that are widened to float32 where it cannot read them as stored. Part
@@ -38,6 +42,10 @@ class StoredSource(Protocol):
         """The tensor in its own dtype."""
         ...
 
+    def mapped(self, name: str) -> bool:
+        """Whether `read` takes no memory for the tensor, so that any number of such can be held at once."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
@@ -48,17 +56,24 @@ class Weights:
         shape: its shape.
         own: the checkpoint's entries, shape `(count,)`.
         base: the base's; None if the checkpoint is the base.
+        mapped: whether they take no memory.
     """
 
     name: str
     shape: tuple[int, ...]
-    own: torch.Tensor
-    base: torch.Tensor | None
+    own: Entries
+    base: Entries | None
+    mapped: bool
 
     @property
     def count(self) -> int:
         """Number of entries."""
         return len(self.own)
+
+    @property
+    def readable(self) -> bool:
+        """Whether the kernels read both as they are, without torch: helper threads must not call it."""
+        return isinstance(self.own, np.ndarray) and (self.base is None or isinstance(self.base, np.ndarray))
 
     def blocks(self) -> Iterator[tuple[int, Stored, Stored]]:
         """The entries as the kernels take them, block by block.
@@ -75,9 +90,7 @@ class Weights:
         """The task vector at some places, shape `(len(places),)`."""
         if self.base is None:
             return np.zeros(len(places), dtype=np.float32)
-        index = torch.as_tensor(places)
-        own, base = (values[index].to(torch.float32).numpy() for values in (self.own, self.base))
-        return own - base
+        return _at(self.own, places) - _at(self.base, places)
 
 
 def weights_of(name: str, source: TensorSource, base: TensorSource | None) -> Weights:
@@ -86,15 +99,18 @@ def weights_of(name: str, source: TensorSource, base: TensorSource | None) -> We
     Raises:
         IncompatibleError: the shapes differ.
     """
-    own = _read(name, source)
-    origin = None if base is None else _read(name, base)
+    own, mapped = _read(name, source)
+    origin = None
+    if base is not None:
+        origin, beside = _read(name, base)
+        mapped = mapped and beside
     if origin is not None and own.shape != origin.shape:
         raise IncompatibleError(
             f"tensor '{name}' has shape {tuple(own.shape)} but {tuple(origin.shape)} in the base; "
             "task vectors need equal shapes: choose checkpoints of one architecture and vocabulary"
         )
-    flat = None if origin is None else origin.reshape(-1)
-    return Weights(name=name, shape=tuple(own.shape), own=own.reshape(-1), base=flat)
+    flat = None if origin is None else _entries(origin)
+    return Weights(name=name, shape=tuple(own.shape), own=_entries(own), base=flat, mapped=mapped)
 
 
 def require_usable(weights: Weights) -> None:
@@ -107,8 +123,7 @@ def require_usable(weights: Weights) -> None:
         if values is None:
             continue
         for start in range(0, len(values), BLOCK):
-            block = values[start : start + BLOCK].to(torch.float32)
-            if not bool(torch.isfinite(block).all()):
+            if not np.isfinite(_at(values, slice(start, start + BLOCK))).all():
                 raise FingerprintError(
                     f"tensor '{weights.name}' holds values that are not finite{where}; "
                     "the checkpoint is damaged or diverged, leave it out"
@@ -119,13 +134,38 @@ def require_usable(weights: Weights) -> None:
     )
 
 
-def _read(name: str, source: TensorSource) -> torch.Tensor:
-    found = source.read(name) if isinstance(source, StoredSource) else source.read_float(name)
-    return found.detach().cpu().contiguous()
+def _read(name: str, source: TensorSource) -> tuple[torch.Tensor, bool]:
+    """A tensor, and whether it takes no memory."""
+    stored = _as_stored(source)
+    return (source.read_float(name), False) if stored is None else (stored.read(name), stored.mapped(name))
 
 
-def _stored(values: torch.Tensor) -> Stored:
-    """Entries without a copy where the kernels can read them as they are, else as float32."""
-    if values.dtype == torch.bfloat16:
-        return values.view(torch.uint16).numpy()
-    return values.to(torch.float32).numpy()
+def _as_stored(source: TensorSource) -> StoredSource | None:
+    # Asked for every tensor, and a protocol's own check is as slow as a small tensor's pass.
+    return cast("StoredSource", source) if _gives_stored(type(source)) else None
+
+
+@cache
+def _gives_stored(kind: type) -> bool:
+    return issubclass(kind, StoredSource)
+
+
+def _entries(values: torch.Tensor) -> Entries:
+    """Flat, and without a copy as the kernels read it where they can."""
+    flat = values.detach().cpu().contiguous().reshape(-1)
+    if flat.dtype == torch.bfloat16:
+        return flat.view(torch.uint16).numpy()
+    return flat.numpy() if flat.dtype == torch.float32 else flat
+
+
+def _stored(values: Entries) -> Stored:
+    return values if isinstance(values, np.ndarray) else values.to(torch.float32).numpy()
+
+
+def _at(values: Entries, places: slice | npt.NDArray[np.int64]) -> Float32:
+    """Some of the entries as float32."""
+    if isinstance(values, torch.Tensor):
+        index = places if isinstance(places, slice) else torch.as_tensor(places)
+        return values[index].to(torch.float32).numpy()
+    found = values[places]
+    return found.astype(np.float32) if found.dtype == np.float32 else (found.astype(np.uint32) << 16).view(np.float32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from simmerge.errors import FingerprintError, IncompatibleError
 from simmerge.features import kernels
@@ -37,12 +38,29 @@ from simmerge.features.spectra import (
     spectrum_of,
 )
 from simmerge.features.streaming import TensorSource, Weights, require_usable, weights_of
+from simmerge.threads import in_order, one_blas_thread
 
 Array = npt.NDArray[np.float64]
 Float32 = npt.NDArray[np.float32]
 
 _SUMS = ("base_sq", "inner", "task_sq", "task_abs", "zeros", "positive")
 """What `kernels.compare` sums up, in its order."""
+
+_LARGE = 1 << 19
+"""Entries whose pass takes most of a millisecond."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """What one tensor gives."""
+
+    name: str
+    count: int
+    sums: Array
+    sketch: Array
+    priorities: Array
+    sample: Float32
+    spectrum: Spectrum | None
 
 
 @dataclass(slots=True)
@@ -61,28 +79,43 @@ class _Totals:
     left: Array
     reservoirs: tuple[SampleReservoir, ...]
 
-    def add(self, weights: Weights) -> None:
-        """Take in one tensor."""
+    def work(self, weights: Weights) -> _Found:
+        """What is computed of one tensor alone, by any thread.
+
+        Raises:
+            FingerprintError: a weight is not finite.
+        """
         name = weights.name
-        g, c = self.groups.index(group_of(name)), CLASSES.index(class_of(name))
         shape = matrix_shape(weights.shape) if name in self.matrices and not self.origin else None
         buckets = np.zeros((BUCKETS, shape[1]) if shape else (0, 0), dtype=np.float32)
         sums, sketch = _passed(weights, self.seed, buckets)
         if not np.isfinite(sums).all():
             require_usable(weights)
-        self.sums[g, c] += sums
-        self.counts[g, c] += weights.count
-        self.sketch[g] += sketch
-        self.class_sketch[c] += sketch
         priorities, places = draw_sample(self.seed, name, weights.count)
-        wanted = self.reservoirs[g].wanted(priorities)
-        self.reservoirs[g].offer(priorities[:wanted], weights.task_at(places[:wanted]))
-        if shape is not None:
-            found = _spectrum(weights, shape, buckets, float(sums[2]), self.seed)
-            if found is not None:
-                kind = self.matrices[name]
-                self.spectra[g, kind] = [*found.values, found.stable_rank, found.effective_rank]
-                self.left[g, kind] = found.left
+        return _Found(
+            name=name,
+            count=weights.count,
+            sums=sums,
+            sketch=sketch,
+            priorities=priorities,
+            sample=weights.task_at(places),
+            spectrum=_spectrum(weights, shape, buckets, float(sums[2]), self.seed) if shape else None,
+        )
+
+    def add(self, found: _Found) -> None:
+        """Take in one tensor."""
+        g, c = self.groups.index(group_of(found.name)), CLASSES.index(class_of(found.name))
+        self.sums[g, c] += found.sums
+        self.counts[g, c] += found.count
+        self.sketch[g] += found.sketch
+        self.class_sketch[c] += found.sketch
+        wanted = self.reservoirs[g].wanted(found.priorities)
+        self.reservoirs[g].offer(found.priorities[:wanted], found.sample[:wanted])
+        spectrum = found.spectrum
+        if spectrum is not None:
+            kind = self.matrices[found.name]
+            self.spectra[g, kind] = [*spectrum.values, spectrum.stable_rank, spectrum.effective_rank]
+            self.left[g, kind] = spectrum.left
 
     def state(self, done: int) -> State:
         """Everything that grows, for the partial file."""
@@ -104,9 +137,10 @@ def measure_structure(
 ) -> Structure:
     """Read every tensor once and summarise the task vector; one matrix of each block and kind is read twice.
 
-    Memory is that of a few blocks of a million entries and of a 64-row sketch of the widest matrix; beside it the
-    tensors that the sources hold: none of a plain checkpoint (its files are mapped), one of an adapter, whose tensors
-    are computed. Nothing depends on the dtype that equal values are stored in, on shards, or on threads.
+    Large tensors go to as many threads as torch may use. Memory is that of a few blocks of a million entries and of a
+    64-row sketch of the widest matrix for each; beside it the tensors that the sources hold: none of a plain
+    checkpoint (its files are mapped), one of an adapter, whose tensors are computed. Nothing depends on the dtype
+    that equal values are stored in, on shards, or on threads.
 
     Args:
         source: the checkpoint's weights.
@@ -131,11 +165,20 @@ def measure_structure(
     if kept is not None:
         totals.restore(kept)
     done = 0 if kept is None else kept.done
-    for number, name in enumerate(names[done:], done + 1):
-        totals.add(weights_of(name, source, base))
-        if partial is not None:
-            partial.offer(work, lambda number=number: totals.state(number))
+    tensors = (weights_of(name, source, base) for name in names[done:])
+    threads = torch.get_num_threads()
+    with one_blas_thread():
+        made = in_order(totals.work, tensors, threads, _helped)
+        for number, found in enumerate(made, done + 1):
+            totals.add(found)
+            if partial is not None:
+                partial.offer(work, lambda number=number: totals.state(number))
     return _finished(totals)
+
+
+def _helped(weights: Weights) -> bool:
+    """Whether another thread works on a tensor: small ones take longer to hand over, computed ones take memory."""
+    return weights.mapped and weights.readable and weights.count >= _LARGE
 
 
 def _passed(weights: Weights, seed: int, buckets: Float32) -> tuple[Array, Array]:

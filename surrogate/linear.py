@@ -4,17 +4,16 @@ With a few hundred rows a regularised linear model often beats boosting (Demysti
 https://arxiv.org/abs/2601.22285). Plain numpy; saved as JSON.
 """
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits  # pyright: ignore[reportMissingTypeStubs]  # ships no types
 
 from simmerge.errors import SurrogateError
 from simmerge.surrogate.folds import usable_folds
 from simmerge.surrogate.rows import Bools, Floats, Ints, TrainingRows, codes
+from simmerge.threads import one_blas_thread
 
 STRENGTHS = tuple(10.0 ** (half / 2.0) for half in range(-10, 5))
 """Candidate ridge strengths per unit of total weight, from 1e-5 to 1e2."""
@@ -28,13 +27,6 @@ SCREEN_Z = 3.0
 """A product enters only if its correlation with the residual is above this many standard errors."""
 _INNER_FOLDS = 4
 _SCREEN_STRENGTH = 0.01
-
-
-@contextmanager
-def one_blas_thread() -> Generator[None]:
-    """Matrix products on one thread: OpenBLAS may round differently with another number of threads."""
-    with threadpool_limits(limits=1, user_api="blas"):
-        yield
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from simmerge.rng import rng_for
-from simmerge.surrogate.linear import one_blas_thread
 from simmerge.surrogate.rows import Bools, Floats, Ints, TrainingRows
+from simmerge.threads import one_blas_thread
 
 REFERENCES = 500
 """Training rows that distances are measured to; more would make saved files large."""

@@ -1,6 +1,8 @@
 """Pictures for the documentation: a plotly figure as JSON, drawn by headless Chromium.
 
     python data/build/graphs.py .simmerge/bench/scale.json docs/images/scale.png
+
+The figures are written by the benches.
 """
 
 import argparse

@@ -152,19 +152,26 @@ def figure(rows: Sequence[Row]) -> dict[str, Any]:
     """Cost against the number of checkpoints, as plain plotly data: seconds on the left, memory on the right."""
     m = [row.checkpoints for row in rows]
     lines = (
-        ("rank", [row.rank_seconds for row in rows], "y"),
-        ("pack, once", [row.pack_seconds for row in rows], "y"),
-        ("peak memory", [row.peak_bytes / (1 << 30) for row in rows], "y2"),
+        ("rank", [row.rank_seconds for row in rows], ""),
+        ("pack, once", [row.pack_seconds for row in rows], ""),
+        ("peak memory", [row.peak_bytes / (1 << 30) for row in rows], "2"),
     )
     data: list[dict[str, Any]] = [
-        {"type": "scatter", "mode": "lines+markers", "name": name, "x": m, "y": values, "yaxis": axis}
-        for name, values, axis in lines
-    ]
+        {
+            "type": "scatter", "mode": "lines+markers", "name": name, "x": m, "y": values, "xaxis": f"x{panel}",
+            "yaxis": f"y{panel}",
+        }
+        for name, values, panel in lines
+    ]  # fmt: skip
+    sizes = {"title": {"text": "checkpoints"}, "type": "log", "tickvals": m, "ticktext": [f"{n:,}" for n in m]}
     layout = {
+        "template": "plotly_white",
         "title": {"text": "Cost of ranking against the size of the catalogue"},
-        "xaxis": {"title": {"text": "checkpoints"}, "type": "log"},
-        "yaxis": {"title": {"text": "seconds"}, "type": "log"},
-        "yaxis2": {"title": {"text": "GiB"}, "overlaying": "y", "side": "right", "rangemode": "tozero"},
+        "legend": {"orientation": "h", "y": -0.2},
+        "xaxis": sizes | {"domain": [0, 0.56]},
+        "yaxis": {"title": {"text": "seconds"}, "type": "log", "dtick": 1},
+        "xaxis2": sizes | {"domain": [0.68, 1], "anchor": "y2", "tickangle": 45},
+        "yaxis2": {"title": {"text": "GiB"}, "rangemode": "tozero", "anchor": "x2"},
     }
     return {"data": data, "layout": layout}
 

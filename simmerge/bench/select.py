@@ -48,7 +48,7 @@ def run(
     """Compare the surrogate with the baselines.
 
     Args:
-        workspace: where fingerprints are kept.
+        workspace: folder of the benches; fingerprints are kept in its `select`.
         splits: what is held out, keys of `SPLITS`.
         seed: seed of folds and fits.
         seeds: shuffles of the checkpoints into folds, with the seeds `seed`, `seed + 1`, …

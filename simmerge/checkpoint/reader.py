@@ -90,10 +90,22 @@ class TensorReader:
         """
         if self._closed:
             raise UsageError(f"the reader of {self._checkpoint.path} is closed; read inside its 'with' block")
+        self._info(name)
+        return self._value(self._checkpoint, name)
+
+    def _info(self, name: str) -> TensorInfo:
         info = self._checkpoint.tensors.get(name)
         if info is None:
             raise UnknownNameError("tensor", name, self._checkpoint.tensors)
-        return self._value(self._checkpoint, name)
+        return info
+
+    def mapped(self, name: str) -> bool:
+        """Whether `read` shares the tensor's memory with its file: an adapter's tensors are computed.
+
+        Raises:
+            UnknownNameError: no tensor of that name.
+        """
+        return not self._info(name).computed
 
     def _value(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
         info = checkpoint.tensors[name]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from simmerge.features.allpairs import AllPairs, Side
 from simmerge.features.pair_kernels import expand, select
 from simmerge.rng import rng_for
-from simmerge.surrogate.linear import one_blas_thread
+from simmerge.threads import one_blas_thread
 
 Array = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]

@@ -129,6 +129,7 @@ def test_the_demo_is_honest(tmp_path: Path, table) -> None:
 def test_the_bench_of_selection_works(tmp_path: Path) -> None:
     from simmerge.bench.select import run
 
+    (tmp_path / "work/checkpoints").mkdir(parents=True)  # what another bench keeps there
     result = run(tmp_path / "work", quick=True)
     assert set(result) == {"figures", "targets", "command", "commit", "machine"}
     methods = result["figures"]["splits"]["checkpoint"]["methods"]

@@ -144,8 +144,8 @@ def test_unrelated_subspaces_overlap_as_chance_says() -> None:
     found = []
     for _ in range(60):
         pair = [
-            spectra._orthonormal([spectra._compressed(v, 0) for v in np.linalg.qr(rng.standard_normal((3000, 4)))[0].T])
-            for _ in range(2)
+            spectra._orthonormal(np.stack([spectra._compressed(v, 0) for v in drawn.T]))
+            for drawn in (np.linalg.qr(rng.standard_normal((3000, 4)))[0] for _ in range(2))
         ]
         found.append(float(spectra.subspace_overlaps(*pair)))
     assert np.mean(found) == pytest.approx(4 / 256, rel=0.25)

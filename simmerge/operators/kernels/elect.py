@@ -238,27 +238,48 @@ def arcee_fusion(call: KernelCall) -> Plan:
     are more.
     """
     operands = call.operands
-    bar = operands.remember("bar", lambda: _fusion_bar(operands))
+    divergences = operands.remember("divergences", lambda: _divergences(operands))
+    bar = operands.remember("bar", lambda: _fusion_bar(operands, divergences))
 
     def apply(block: Block) -> torch.Tensor:
         a, b = block.inputs
-        return torch.where(importance(block) >= bar, b, a)
+        return torch.where(importance(block, divergences) >= bar, b, a)
 
     return Plan(apply, "rows")
 
 
-def importance(block: Block) -> torch.Tensor:
-    """What Arcee Fusion judges entries by, `[rows, columns]` float32."""
+def importance(block: Block, divergences: torch.Tensor) -> torch.Tensor:
+    """What Arcee Fusion judges entries by, `[rows, columns]` float32.
+
+    Args:
+        block: whole rows.
+        divergences: of all rows of the tensor, `[rows]`.
+    """
     a, b = block.inputs
-    p, q = torch.softmax(b, -1) + 1e-8, torch.softmax(a, -1) + 1e-8
-    return (b - a).abs() * (p * torch.log(p / q)).sum(-1, keepdim=True)
+    columns = block.shape[-1]
+    rows = divergences[block.start // columns : block.stop // columns]
+    return torch.sub(b, a).abs_().mul_(rows[:, None])
 
 
-def _fusion_bar(operands: Operands) -> float:
+def _divergences(operands: Operands) -> torch.Tensor:
+    """KL(softmax(b) || softmax(a)) of every row, `[rows]` float32; 1e-8 is added to probabilities."""
+    found: list[torch.Tensor] = []
+    for block in operands.blocks("rows"):
+        a, b = block.inputs
+        p, q = torch.softmax(b, -1).add_(1e-8), torch.softmax(a, -1).add_(1e-8)
+        found.append(torch.log(torch.div(p, q, out=q), out=q).mul_(p).sum(-1))
+    return torch.cat(found) if found else torch.empty(0, device=operands.device)
+
+
+def _fusion_bar(operands: Operands, divergences: torch.Tensor) -> float:
     n = operands.numel
     if not n:
         return 0.0
     # In ascending order the quartile q stands at index int(q (n - 1)), so n minus that many are as large or larger.
     counts = tuple(n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75))
-    ((low, middle, high),) = largest(operands, [Ranking("importance", importance, counts, by="rows")])
+
+    def values(block: Block) -> torch.Tensor:
+        return importance(block, divergences)
+
+    ((low, middle, high),) = largest(operands, [Ranking("importance", values, counts, by="rows", fixed=True)])
     return float(np.float32(middle.threshold + 1.5 * (high.threshold - low.threshold)))

@@ -131,12 +131,14 @@ class Ranking:
             (of other rows, by rows).
         counts: how many to keep; zero and less is nothing, more than there are non-zero entries is all of them.
         by: how `values` wants blocks to be cut; all rankings that are asked for together want the same.
+        fixed: whether the same counts are asked for whatever the coefficients; then nothing is sorted for later.
     """
 
     key: object
     values: Callable[[Block], torch.Tensor]
     counts: tuple[int, ...]
     by: By = "entries"
+    fixed: bool = False
 
 
 def largest(operands: Operands, rankings: Sequence[Ranking]) -> list[tuple[Cut, ...]]:
@@ -144,7 +146,7 @@ def largest(operands: Operands, rankings: Sequence[Ranking]) -> list[tuple[Cut, 
 
     Of equal values those of lower index are in.
     """
-    if operands.keep:
+    if operands.keep and not all(ranking.fixed for ranking in rankings):
         return [_from_memory(operands, ranking) for ranking in rankings]
     known = [operands.remember(("largest", r.key), dict[int, Cut]) for r in rankings]
     wanted = [
