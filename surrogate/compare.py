@@ -35,6 +35,7 @@ class SurrogateScorer:
     fitted: FittedSurrogate
 
     def __call__(self, table: TrainingRows) -> Floats:
+        """Predictions of the recipes of a table, higher is better."""
         return recipe_mean(table, self.fitted.predict(table.features).mean)
 
     def predict(self, table: TrainingRows) -> Prediction:

@@ -111,7 +111,7 @@ def _drawn(spec: OperatorSpec, subset: tuple[str, ...], base: str) -> Iterator[R
 
 
 def _settings(spec: OperatorSpec, inputs: int, rng: Generator) -> dict[str, Value]:
-    """Coefficients from half the least to five quarters of the largest level that a grid tries; shares of all inputs."""
+    """Coefficients from half the least to five quarters of the largest level of a grid; shares of all inputs."""
     found: dict[str, Value] = {}
     for coefficient in spec.coefficients:
         low, high = RANGES.get((spec.name, coefficient.name), (0.0, 0.0))

@@ -18,7 +18,7 @@ from simmerge.bench.races import FIELD, regrets
 from simmerge.bench.result import Target, report
 from simmerge.data import shipped
 from simmerge.errors import EvaluationError
-from simmerge.evaluate.banks import Floats, ItemBank, choose
+from simmerge.evaluate.banks import ItemBank, choose
 from simmerge.evaluate.estimators import Estimator, PIrt, standard
 from simmerge.files import write_atomic
 from simmerge.rng import rng_for
@@ -129,10 +129,7 @@ def saving(curve: Curve, plain: Curve) -> float:
     errors = np.minimum.accumulate(np.log(np.array(list(curve.errors.values()))))
     shares: list[float] = []
     for count, error in plain.errors.items():
-        if np.log(error) >= errors[0]:
-            needed = counts[0]
-        else:
-            needed = float(np.interp(-np.log(error), -errors, counts))
+        needed = counts[0] if np.log(error) >= errors[0] else float(np.interp(-np.log(error), -errors, counts))
         shares.append(needed - np.log(count))
     # Where the smallest count already does better the share is an upper bound.
     return float(np.exp(np.mean(shares)))

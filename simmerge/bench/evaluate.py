@@ -88,7 +88,9 @@ def _write_task(folder: Path, count: int, seed: int) -> Path:
             right = int(rng.integers(CHOICES))
             choices = [item.answer for item in others]
             choices.insert(right, asked.answer)
-            rows.append({"id": f"{split} {number}", "context": shown + asked.context, "choices": choices, "label": right})
+            rows.append(
+                {"id": f"{split} {number}", "context": shown + asked.context, "choices": choices, "label": right}
+            )
         files[split] = f"{split}.jsonl"
         write_atomic(folder / files[split], "".join(json.dumps(row) + "\n" for row in rows))
     config = {

@@ -112,9 +112,10 @@ def _expanded(patterns: Sequence[str], table: pa.Table, path: Path) -> tuple[str
 def _disjoint(features: Sequence[str], columns: Columns) -> None:
     for name in features:
         if name in (columns.operator, *columns.targets, *columns.groups):
+            other = "a target" if name in columns.targets else "the operator or a group"
             raise UsageError(
-                f"column '{name}' is a feature and {'a target' if name in columns.targets else 'the operator or a group'}"
-                " too; a feature is a number that is known before the merge is made: leave it out of --features"
+                f"column '{name}' is a feature and {other} too; a feature is a number that is known before the "
+                "merge is made: leave it out of --features"
             )
 
 

@@ -236,7 +236,9 @@ def estimators(
             rows = [[name, *(f"{e:.3f}" for e in own.values()), f"{needed[name]:.2f}"] for name, own in errors.items()]
             _print_table(["estimator", *(f"{c} items" for c in counts), "items needed"], rows)
         races = result["figures"]["races"]
-        console().print(f"normalised regret of the winner of {result['figures']['field']} merges, by share of all answers")
+        console().print(
+            f"normalised regret of the winner of {result['figures']['field']} merges, by share of all answers"
+        )
         rows = [[name, *(f"{regret:.3f}" for regret in own.values())] for name, own in races.items()]
         _print_table(["race", *(f"{share:.0%}" for share in next(iter(races.values())))], rows)
         _print_targets(result)

@@ -192,9 +192,7 @@ class PIrt:
 
         return estimate
 
-    def _ability(
-        self, fitted: Irt, bank: ItemBank, seen: Ints, answers: Floats, parents: Sequence[str]
-    ) -> Floats:
+    def _ability(self, fitted: Irt, bank: ItemBank, seen: Ints, answers: Floats, parents: Sequence[str]) -> Floats:
         if not self.held or not parents:
             return fitted.ability(seen, answers)
         return fitted.ability(seen, answers, fitted.abilities[[bank.models.index(name) for name in parents]])

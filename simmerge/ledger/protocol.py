@@ -8,8 +8,9 @@ from simmerge.types import Score
 
 
 class Ledger(Protocol):
-    """Append-only record, but for answers of unfinished evaluations. Every call that writes is committed when it returns.
+    """Append-only record, but for answers of unfinished evaluations.
 
+    Every call that writes is committed when it returns.
     Telling the same thing twice changes nothing, so that a run that was killed can be repeated.
     """
 

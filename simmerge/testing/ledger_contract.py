@@ -110,7 +110,11 @@ class LedgerContract:
         """No model sees another's, nor another version's of the task, nor those of other settings."""
         ledger.put_answers("r", "v1", {"a": [[-1.5, True]], "é": ["text"]}, settings="s")
         ledger.put_answers("r", "v1", {"a": [[9.0, False]], "b": [[0.1 + 0.2, False]]}, settings="s")
-        assert ledger.answers("r", "v1", settings="s") == {"a": [[-1.5, True]], "é": ["text"], "b": [[0.1 + 0.2, False]]}
+        assert ledger.answers("r", "v1", settings="s") == {
+            "a": [[-1.5, True]],
+            "é": ["text"],
+            "b": [[0.1 + 0.2, False]],
+        }
         for subject, version, settings in (("q", "v1", "s"), ("r", "v2", "s"), ("r", "v1", "t")):
             assert ledger.answers(subject, version, settings=settings) == {}
         ledger.put_answers("q", "v1", {"a": [[0.0, False]]}, settings="s")

@@ -175,6 +175,8 @@ def test_answers_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(EvaluationError, match="'p2'"):
         ItemBank(items=bank.items, weights=bank.weights, models=bank.models, answers=bad)
     with pytest.raises(EvaluationError, match="parent of 'p0'"):
-        ItemBank(items=bank.items, weights=bank.weights, models=bank.models, answers=bank.answers, parents={"p0": ("q",)})
+        ItemBank(
+            items=bank.items, weights=bank.weights, models=bank.models, answers=bank.answers, parents={"p0": ("q",)}
+        )
     with pytest.raises(EvaluationError, match=r"\[0, 1\]"):
         PIrt().learn(ItemBank(items=bank.items, weights=bank.weights, models=bank.models, answers=bank.answers * 2))

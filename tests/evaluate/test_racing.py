@@ -121,7 +121,7 @@ def test_one_that_fails_is_last_and_the_rest_goes_on(race: Any) -> None:
 
 @pytest.mark.parametrize("race", KINDS)
 def test_nothing_usable_is_said(race: Any) -> None:
-    with pytest.raises(EvaluationError, match="all 2 candidates.*not finite"):
+    with pytest.raises(EvaluationError, match=r"all 2 candidates.*not finite"):
         run(race, np.full((2, 30), np.nan))
 
 
