@@ -147,10 +147,12 @@ class Engine:
 
     def _resolve(self, node: Step) -> ResolvedStep:
         if id(node) not in self._resolved:
-            resolved = self._resolved[id(node)] = resolve(node)
+            resolved = resolve(node)
             if resolved.constant:
                 self._settled[id(node)] = resolved.at("", 0.0)
             self._keys[id(node)] = tuple(self._key(item) for item in node.inputs)
+            # Last: what stands here tells other threads that the rest is there too.
+            self._resolved[id(node)] = resolved
         return self._resolved[id(node)]
 
     def _key(self, item: Node) -> str:

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from simmerge.checkpoint.checkpoint import open_checkpoint, weights_digest
 from simmerge.errors import IncompatibleError, MergeError, UnknownNameError, UsageError, WorkspaceError
 from simmerge.features.probes import ProbeSet
 from simmerge.merge import folder as folder_module
+from simmerge.merge.engine import Engine
 from simmerge.merge.folder import content_digest, merge_to_folder
+from simmerge.merge.layout import Node
 from simmerge.merge.memory import MemoryMerger
 from simmerge.merge.sources import Source, Sources
 from simmerge.operators import OPERATORS
@@ -64,6 +67,23 @@ def test_every_operators_folder_loads_and_generates(name: str, family: Path, tmp
     inputs = tokenizer("the cat", return_tensors="pt", return_token_type_ids=False)
     written = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     assert written.shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+def test_threads_wait_for_what_another_is_finding_out(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sources(family) as opened:
+        expected = load_file(merge_to_folder(TREE, opened, tmp_path / "one", workers=1).path / "model.safetensors")
+    key = Engine._key
+
+    def slow(self: Engine, item: Node) -> str:
+        time.sleep(0.05)
+        return key(self, item)
+
+    monkeypatch.setattr(Engine, "_key", slow)
+    with sources(family) as opened:
+        found = load_file(merge_to_folder(TREE, opened, tmp_path / "four", workers=4).path / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("recipe", [recipe_of("ties"), recipe_of("dare_ties"), TREE], ids=["ties", "dare", "tree"])
