@@ -128,7 +128,8 @@ def compare(
             scored[method.name].append(scorer(test))
             if isinstance(scorer, IntervalScorer):
                 bounds = scorer.predict(test)
-                inside[method.name].append((bounds.low <= measured) & (measured <= bounds.high))
+                within = (bounds.low <= measured) & (measured <= bounds.high)
+                inside[method.name].append(np.asarray(within, dtype=np.float64))
         tables.append(_table(test))
     return tuple(_result(name, tables, scored[name], inside[name], floor, seed) for name in names)
 

@@ -6,13 +6,14 @@ on all items of the split.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]  # ships no types
 
 from simmerge.bench.races import FIELD, regrets
 from simmerge.bench.result import Target, report
@@ -103,7 +104,9 @@ def read_banks(path: Path) -> dict[str, ItemBank]:
         EvaluationError: no merge in them, or answers that do not fit.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in pq.read_table(path).to_pylist():
+    parquet: Any = pq
+    rows_of_file: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    for row in rows_of_file:
         found.setdefault(row["task"], []).append(row)
     banks: dict[str, ItemBank] = {}
     for task, rows in found.items():
@@ -129,8 +132,9 @@ def saving(curve: Curve, plain: Curve) -> float:
     errors = np.minimum.accumulate(np.log(np.array(list(curve.errors.values()))))
     shares: list[float] = []
     for count, error in plain.errors.items():
-        needed = counts[0] if np.log(error) >= errors[0] else float(np.interp(-np.log(error), -errors, counts))
-        shares.append(needed - np.log(count))
+        # Left of the curve's first point np.interp gives that point.
+        needed: Any = np.interp(-math.log(error), -errors, counts)
+        shares.append(float(needed) - math.log(count))
     # Where the smallest count already does better the share is an upper bound.
     return float(np.exp(np.mean(shares)))
 
@@ -168,7 +172,8 @@ def _folds(bank: ItemBank, seed: int) -> list[tuple[ItemBank, list[str]]]:
     order = rng_for(seed, "bench", "estimators").permutation(len(sets))
     folds: list[tuple[ItemBank, list[str]]] = []
     for part in np.array_split(order, min(FOLDS, len(sets))):
-        gone = {sets[k] for k in part.tolist()}
+        drawn: list[int] = part.tolist()
+        gone = {sets[k] for k in drawn}
         held = [name for name, own in bank.parents.items() if tuple(sorted({*own})) in gone]
         keep = [k for k, name in enumerate(bank.models) if name not in held]
         known = ItemBank(

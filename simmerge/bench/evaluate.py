@@ -43,7 +43,7 @@ def run(
         quick: few items: checks that the bench works, not its figures.
         progress: called with what is done now.
     """
-    say = progress or (lambda _: None)
+    say = progress or _silent
     count = QUICK_ITEMS if quick else ITEMS
     task = load_task(_write_task(workspace / f"evaluate-{count}", count, seed))
     model, tokenizer = load_model(str(shipped("catalog", "base")))
@@ -71,6 +71,10 @@ def run(
         Target(name="items scored otherwise than by lm-eval", value=differing, target="<= 0", holds=differing == 0),
     ]  # fmt: skip
     return report(figures, targets, f"simmerge bench evaluate --seed {seed}{' --quick' if quick else ''}")
+
+
+def _silent(_now: str) -> None:
+    return None
 
 
 def _write_task(folder: Path, count: int, seed: int) -> Path:

@@ -1,5 +1,8 @@
 """A team's own table of past merges as training rows: any CSV or Parquet file, its columns named by the caller."""
 
+# pyright: basic
+# pyarrow ships no types.
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase

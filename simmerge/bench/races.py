@@ -39,7 +39,8 @@ def regrets(banks: Mapping[str, ItemBank], seed: int, races: int) -> dict[str, d
         for number in range(races):
             rng = rng_for(seed, "races", task, str(number))
             merges = list(bank.parents)
-            field = [merges[k] for k in rng.permutation(len(merges))[:FIELD].tolist()]
+            drawn: list[int] = rng.permutation(len(merges))[:FIELD].tolist()
+            field = [merges[k] for k in drawn]
             truth = np.array([bank.score(name) for name in field])
             spread = float(truth.max() - truth.mean())
             if spread <= 0:
@@ -64,7 +65,7 @@ def _raced(race: Callable[..., Race] | None, answers: Floats, order: Ints, weigh
 
 
 def _ask(answers: Floats, candidates: Sequence[int], items: Ints) -> Floats:
-    return answers[np.ix_(list(candidates), items)]
+    return answers[list(candidates)][:, items]
 
 
 def _others(bank: ItemBank, field: Sequence[str]) -> ItemBank:

@@ -142,7 +142,8 @@ def _variances(
     """Over past merges: variance of the mean residual, and mean variance of residuals within a merge."""
     if len(past) < 2:
         return 0.0, 0.0
-    means, within = [], []
+    means: list[float] = []
+    within: list[float] = []
     for name in past:
         residual = bank.row(name) - about[name] @ b
         mean = float(w @ residual)

@@ -1,14 +1,16 @@
 """The multidimensional two-parameter logistic model of item responses, fitted to any task's own answers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit
+from scipy import optimize, special  # pyright: ignore[reportMissingTypeStubs]  # ships no types
 
 from simmerge.errors import EvaluationError
 from simmerge.evaluate.banks import Floats, Ints
 
+_OF_SCIPY: Any = special
+_OPTIMIZE: Any = optimize
 _SPREAD_OF_SLOPES, _SPREAD_OF_LEVELS = 1.0, 3.0
 """Standard deviations of the priors of slopes and levels; abilities have 1."""
 
@@ -29,7 +31,7 @@ class Irt:
 
     def expected(self, ability: Floats) -> Floats:
         """Expected answers to all items, `(n,)` in [0, 1]."""
-        return expit(self.slopes @ ability + self.levels)
+        return _OF_SCIPY.expit(self.slopes @ ability + self.levels)
 
     def ability(self, seen: Ints, answers: Floats, within: Floats | None = None) -> Floats:
         """The most probable ability given some answers, `(d,)`.
@@ -48,7 +50,7 @@ class Irt:
             value, slope = _loss(slopes @ x + levels, answers)
             return value + 0.5 * float(ability @ ability), slopes.T @ slope + frame @ ability
 
-        found = minimize(loss, start, jac=True, method="L-BFGS-B")
+        found = _OPTIMIZE.minimize(loss, start, jac=True, method="L-BFGS-B")
         return np.asarray(found.x, dtype=np.float64) @ frame
 
 
@@ -86,7 +88,7 @@ def fit_irt(answers: Floats, dimensions: int) -> Irt:
         parts = (slope.T @ theta + a_prior, slope.sum(axis=0) + b_prior, slope @ a + theta)
         return value, np.concatenate([part.ravel() for part in parts])
 
-    found = np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x)
+    found = np.asarray(_OPTIMIZE.minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x)
     return Irt(
         slopes=found[: n * d].reshape(n, d),
         levels=found[n * d : n * (d + 1)],
@@ -96,4 +98,4 @@ def fit_irt(answers: Floats, dimensions: int) -> Irt:
 
 def _loss(logit: Floats, answers: Floats) -> tuple[float, Floats]:
     """Minus the log-likelihood of the answers, and its derivative by the logits."""
-    return float(np.sum(np.logaddexp(0.0, logit) - answers * logit)), expit(logit) - answers
+    return float(np.sum(np.logaddexp(0.0, logit) - answers * logit)), _OF_SCIPY.expit(logit) - answers

@@ -298,9 +298,10 @@ def lm_eval_scores(task: Task, split: str, model: Any, tokenizer: Any, batch_siz
         lm_task = _DataTask(_in_memory(config, load_items(task.path, config), split))
         lm_task.set_fewshot_seed(_FEWSHOT_SEED)
         lm = _HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        result: Any = lm_eval.evaluate(
+        evaluate: Any = lm_eval.evaluate
+        result = evaluate(
             lm=lm,
-            task_dict=cast(Any, {"tasks": {task.name: lm_task}, "groups": {}, "group_map": {}}),
+            task_dict={"tasks": {task.name: lm_task}, "groups": {}, "group_map": {}},
             bootstrap_iters=0,
             log_samples=True,
         )

@@ -7,12 +7,15 @@ cancels out. Letters: c candidates, n items, w their weights.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]  # ships no types
 
 from simmerge.errors import EvaluationError
 from simmerge.evaluate.banks import Floats, Ints
+
+_OF_SCIPY: Any = special
 
 Ask = Callable[[Sequence[int], Ints], Floats]
 """`ask(candidates, items)` gives answers `(len(candidates), len(items))`, higher is better, NaN where one failed."""
@@ -63,10 +66,12 @@ class _Field:
                 f"{found.shape}; give one row per candidate and one column per item"
             )
         self.paid += found.size
-        usable = np.isfinite(found).all(axis=1)
-        for row, candidate, good in zip(found, self.left, usable.tolist(), strict=True):
-            self.answers[candidate] = np.concatenate([self.answers[candidate], row]) if good else np.zeros(0)
-        failed = [candidate for candidate, good in zip(self.left, usable.tolist(), strict=True) if not good]
+        failed: list[int] = []
+        for row, candidate in zip(found, self.left, strict=True):
+            usable = bool(np.isfinite(row).all())
+            self.answers[candidate] = np.concatenate([self.answers[candidate], row]) if usable else np.zeros(0)
+            if not usable:
+                failed.append(candidate)
         if len(failed) == len(self.left):
             raise EvaluationError(
                 f"the answers of all {len(failed)} candidates left in the race are not finite numbers; "
@@ -237,4 +242,5 @@ def _behind(field: _Field, leader: int, candidate: int, level: float, total: int
     mean = float(w @ difference)
     spread = math.sqrt(float(np.sum(w**2 * (difference - mean) ** 2)) * done / (done - 1))
     # stdtrit is the quantile of Student's t.
-    return mean > float(stdtrit(done - 1, 1 - level)) * spread * math.sqrt(1 - done / total)
+    quantile = float(_OF_SCIPY.stdtrit(done - 1, 1 - level))
+    return mean > quantile * spread * math.sqrt(1 - done / total)

@@ -57,14 +57,14 @@ class Window:
 def window(compiled: CompiledSplit, start: int, stop: int | None, known: Answers | None) -> Window:
     """The items from `start` to before `stop`, with what is known of them."""
     items = range(start, min(len(compiled.names), len(compiled.names) if stop is None else stop))
-    found = {} if known is None else known.known(compiled.task.digest)
-    # JSON has no pairs: what was kept as a list is one again.
-    given = {
-        index: [tuple(answer) if isinstance(answer, list) else answer for answer in found[compiled.names[index]]]
-        for index in items
-        if compiled.names[index] in found
-    }
-    return Window(compiled, items, given)
+    found: Mapping[str, list[Any]] = {} if known is None else known.known(compiled.task.digest)
+    named = ((index, compiled.names[index]) for index in items)
+    return Window(compiled, items, {index: [_pair(a) for a in found[name]] for index, name in named if name in found})
+
+
+def _pair(answer: Any) -> Any:
+    """JSON has no pairs: what was kept as a list is one again."""
+    return answer if isinstance(answer, str) else tuple(answer)
 
 
 @dataclass(slots=True, eq=False)
