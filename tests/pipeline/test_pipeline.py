@@ -23,7 +23,7 @@ from simmerge.errors import (
     UnknownNameError,
     UsageError,
 )
-from simmerge.operators import RECORDED
+from simmerge.operators import RECORDED, normal_form
 from simmerge.pipeline.answering import answer
 from simmerge.pipeline.comparing import Question, ends, scored_line
 from simmerge.pipeline.measuring import SETTINGS, Measurer
@@ -282,7 +282,8 @@ def test_a_killed_evaluation_goes_on_in_the_ledger_and_models_are_not_mixed(
     monkeypatch.setattr("simmerge.evaluate.remembered.EVERY_SECONDS", 0.0)
     measurer = project.measurer(["a", "b"], project.tasks())
     tasks = ["text_one", "text_two"]
-    other = Recipe(root=step("linear", ["a", "b"], None, {"weight": (0.5, 0.5)}))
+    other = normal_form(Recipe(root=step("linear", ["a", "b"], None, {"weight": (0.3, 0.7)})))
+    subject = other.recipe_id({name: measurer.sources.digests[name] for name in ("a", "b")})
     with measurer.sources:
         expected = {name: measurer.checkpoint(name, tasks, "select") for name in ("a", "b")}
         ledger, record = project.ledger, type(project.ledger).record_score
@@ -295,11 +296,10 @@ def test_a_killed_evaluation_goes_on_in_the_ledger_and_models_are_not_mixed(
             measurer.recipe(other, tasks, "select")
         monkeypatch.setattr(type(ledger), "record_score", record)
         digest = next(task.digest for task in measurer.tasks if task.name == "text_one")
-        kept = ledger.answers(other.recipe_id(measurer.sources.digests), digest, settings=SETTINGS)
-        assert kept
+        assert ledger.answers(subject, digest, settings=SETTINGS)
         found = measurer.recipe(other, tasks, "select")
         # The answers were forgotten with the record of the score, and belonged to the recipe alone.
-        assert not ledger.answers(other.recipe_id(measurer.sources.digests), digest, settings=SETTINGS)
+        assert not ledger.answers(subject, digest, settings=SETTINGS)
     assert {t: s.value for t, s in found.items()} not in [
         {t: s.value for t, s in scores.items()} for scores in expected.values()
     ]
