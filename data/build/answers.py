@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--merges", type=int, default=MERGES)
     parser.add_argument("--part", default="0/1", help="K/N: one of N processes that share the work")
     options = parser.parse_args()
+    Workspace.open(options.work)
     tasks = load_tasks(materialize_tasks(options.tasks, options.work / "tasks"))
     recipes = drawn(options.merges)
     if options.what == "measure":
