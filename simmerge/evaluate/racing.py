@@ -238,6 +238,8 @@ def _behind(field: _Field, leader: int, candidate: int, level: float, total: int
     """Whether a candidate's answers are below the leader's by more than chance allows."""
     difference = field.answers[leader] - field.answers[candidate]
     done = len(difference)
+    if done < 2:
+        return False  # one answer says nothing of its spread
     w = field.weights[:done] / field.weights[:done].sum()
     mean = float(w @ difference)
     spread = math.sqrt(float(np.sum(w**2 * (difference - mean) ** 2)) * done / (done - 1))

@@ -120,6 +120,13 @@ def test_one_that_fails_is_last_and_the_rest_goes_on(race: Any) -> None:
 
 
 @pytest.mark.parametrize("race", KINDS)
+def test_a_budget_of_one_answer_each_is_enough_for_an_answer(race: Any) -> None:
+    found, _ = run(race, planted(0, [0.2, 0.0, 0.3]), budget=4)
+    assert found.answers <= 4
+    assert sorted(found.order) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("race", KINDS)
 def test_nothing_usable_is_said(race: Any) -> None:
     with pytest.raises(EvaluationError, match=r"all 2 candidates.*not finite"):
         run(race, np.full((2, 30), np.nan))
