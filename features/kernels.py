@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simmerge.operators.kernels.jit import compiled
+from simmerge.operators.kernels.native import vectors
 from simmerge.operators.kernels.native.draws import mixed
 
 Float32 = npt.NDArray[np.float32]
@@ -46,9 +47,7 @@ def word(key: Any, place: int) -> Any:
 def widen(source: Stored, target: Float32) -> None:
     """A chunk of stored entries as float32: uint16 holds bfloat16's bits. Zeros stand after the last entry."""
     if source.itemsize == 2:
-        bits = target.view(np.uint32)
-        for i in range(source.size):
-            bits[i] = np.uint32(source[i]) << np.uint32(16)
+        vectors.widen(source, target)  # pyright: ignore[reportArgumentType]  # two bytes are bits
     else:
         for i in range(source.size):
             target[i] = source[i]

@@ -168,4 +168,5 @@ def _at(values: Entries, places: slice | npt.NDArray[np.int64]) -> Float32:
         index = places if isinstance(places, slice) else torch.as_tensor(places)
         return values[index].to(torch.float32).numpy()
     found = values[places]
-    return found.astype(np.float32) if found.dtype == np.float32 else (found.astype(np.uint32) << 16).view(np.float32)
+    bits = found.dtype == np.uint16
+    return (found.astype(np.uint32) << 16).view(np.float32) if bits else np.asarray(found, dtype=np.float32)

@@ -36,6 +36,21 @@ def no_extra(_kind: str, _checkpoint: str, _tensor: str) -> torch.Tensor | None:
     return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What is found out of a step once: one value, so that no thread sees a part of it.
+
+    Attributes:
+        resolved: its operator, coefficients and options.
+        settled: these for every tensor, where they are the same; else None.
+        keys: stable keys of its inputs, one each.
+    """
+
+    resolved: ResolvedStep
+    settled: Settled | None
+    keys: tuple[str, ...]
+
+
 @dataclass(slots=True, kw_only=True)
 class Engine:
     """Evaluates a recipe tensor by tensor.
@@ -55,9 +70,7 @@ class Engine:
     digests: Mapping[str, str]
     extra: Extra = no_extra
     operands: Prepare = make_anew
-    _resolved: dict[int, ResolvedStep] = field(default_factory=dict[int, ResolvedStep])
-    _keys: dict[int, tuple[str, ...]] = field(default_factory=dict[int, tuple[str, ...]])
-    _settled: dict[int, Settled] = field(default_factory=dict[int, Settled])
+    _known: dict[int, _Known] = field(default_factory=dict[int, _Known])
 
     def origin(self, tensor: str) -> tuple[str, str]:
         """Checkpoint and name of the stored tensor that an output tensor takes its dtype and shape from."""
@@ -133,27 +146,25 @@ class Engine:
         if isinstance(node, Stack):
             part, inner = self.layout.part(node, tensor)
             return self._plan(part, inner, key)
-        resolved = self._resolve(node)
-        settled = self._settled.get(id(node))
-        numbers, options = settled or resolved.at(key, self.layout.position(node, tensor))
-        operands = self.operands(node, key, self.recipe.seed, lambda: self._operands(node, resolved, tensor, key))
+        known = self._step(node)
+        numbers, options = known.settled or known.resolved.at(key, self.layout.position(node, tensor))
+        operands = self.operands(node, key, self.recipe.seed, lambda: self._operands(node, known, tensor, key))
         call = KernelCall(operands=operands, numbers=numbers, options=options)
-        return call, resolved.spec.load()(call)
+        return call, known.resolved.spec.load()(call)
 
     def keys(self, node: Step) -> tuple[str, ...]:
         """Stable keys of a step's inputs, one each."""
-        self._resolve(node)
-        return self._keys[id(node)]
+        return self._step(node).keys
 
-    def _resolve(self, node: Step) -> ResolvedStep:
-        if id(node) not in self._resolved:
+    def _step(self, node: Step) -> _Known:
+        if id(node) not in self._known:
             resolved = resolve(node)
-            if resolved.constant:
-                self._settled[id(node)] = resolved.at("", 0.0)
-            self._keys[id(node)] = tuple(self._key(item) for item in node.inputs)
-            # Last: what stands here tells other threads that the rest is there too.
-            self._resolved[id(node)] = resolved
-        return self._resolved[id(node)]
+            self._known[id(node)] = _Known(
+                resolved=resolved,
+                settled=resolved.at("", 0.0) if resolved.constant else None,
+                keys=tuple(self._key(item) for item in node.inputs),
+            )
+        return self._known[id(node)]
 
     def _key(self, item: Node) -> str:
         match item:
@@ -164,8 +175,8 @@ class Engine:
             case _:
                 return Recipe(root=item, seed=self.recipe.seed).recipe_id(self.digests)
 
-    def _operands(self, node: Step, resolved: ResolvedStep, tensor: str, key: str) -> Operands:
-        spec = resolved.spec
+    def _operands(self, node: Step, known: _Known, tensor: str, key: str) -> Operands:
+        spec = known.resolved.spec
         use_base = node.base is not None and (spec.needs_base or spec.takes_base)
         extras: list[torch.Tensor | None] = []
         if spec.needs:
@@ -181,7 +192,7 @@ class Engine:
             key,
             [self._value(item, tensor, key) for item in node.inputs],
             self._value(node.base, tensor, key) if use_base and node.base is not None else None,
-            keys=self._keys[id(node)],
+            keys=known.keys,
             seed=self.recipe.seed,
             extras=extras,
         )
