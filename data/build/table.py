@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -125,6 +126,9 @@ def _settings(spec: OperatorSpec, inputs: int, rng: Generator) -> dict[str, Valu
             at = rng.uniform(math.log(low), math.log(high)) if coefficient.scale == "log" else rng.uniform(low, high)
             value = math.exp(at) if coefficient.scale == "log" else at
             found[coefficient.name] = float(f"{value:.3g}")
+    density = found.get("density")
+    if "epsilon" in found and isinstance(density, float):  # both ends of DELLA's shares lie inside (0, 1)
+        found["epsilon"] = min(cast("float", found["epsilon"]), float(f"{0.9 * min(density, 1 - density):.3g}"))
     return found
 
 

@@ -44,7 +44,7 @@ class LmEvalEvaluator:
     content and not by the object. One evaluator serves one thread at a time.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, batch_tokens: int = 8192, generate_batch: int = 16) -> None:
+    def __init__(self, tasks: Sequence[Task], *, batch_tokens: int = 2048, generate_batch: int = 16) -> None:
         """See the class.
 
         Args:

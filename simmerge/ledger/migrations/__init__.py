@@ -3,5 +3,5 @@
 A new one is a file in `versions` with `revision` and `down_revision`; then set `HEAD` below.
 """
 
-HEAD = "0001"
+HEAD = "0002"
 """Revision that this version of SimMerge reads and writes."""
