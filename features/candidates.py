@@ -60,6 +60,15 @@ class _Plan:
     steps: int
 
 
+def feature_names() -> tuple[str, ...]:
+    """Names of the features of `CandidateFeatures` with its own descriptors of operators, in column order."""
+    return (*COLUMNS, *_described(operators.describe))
+
+
+def _described(describe: Callable[[Step], Mapping[str, float]]) -> tuple[str, ...]:
+    return tuple(describe(Step(operator="linear", inputs=("a", "b"))))
+
+
 @final
 class CandidateFeatures:
     """Features of recipes on tasks, computed from fingerprints; no weights are read.
@@ -115,9 +124,7 @@ class CandidateFeatures:
         self._task_domains = dict(domains or {})
         self._describe = describe
         self._shares = shares
-        if descriptors is None:
-            descriptors = tuple(describe(Step(operator="linear", inputs=(base, base))))
-        self._descriptors = tuple(descriptors)
+        self._descriptors = _described(describe) if descriptors is None else tuple(descriptors)
         doubled = [name for name in self._descriptors if name in COLUMNS]
         if doubled:
             raise UsageError(f"operator descriptor '{doubled[0]}' has the name of a feature; rename it")

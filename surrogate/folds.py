@@ -118,6 +118,32 @@ def leave_operator_out(operator: Sequence[str]) -> list[Fold]:
     return _leave_name_out(operator, "operator")
 
 
+def smaller_to_larger(family: Sequence[str], order: Sequence[str]) -> list[Fold]:
+    """One fold per family but the first: its rows are the test rows, those of all smaller ones train.
+
+    Args:
+        family: the family of each row.
+        order: families from the smallest models to the largest; rows of others are in no fold.
+
+    Raises:
+        SurrogateError: fewer than two families, or one without rows.
+    """
+    if len(order) < 2:
+        raise SurrogateError(
+            f"smaller to larger needs at least 2 families, got {', '.join(order) or 'none'}. Name the larger ones too."
+        )
+    code = np.array([order.index(name) if name in order else -1 for name in family])
+    keys = [(name,) for name in family]
+    made: list[Fold] = []
+    for number, name in enumerate(order):
+        if number:
+            train = np.flatnonzero((code >= 0) & (code < number))
+            fold = Fold(train=train, test=np.flatnonzero(code == number), held=(name,))
+            refuse_leakage(fold, keys)
+            made.append(fold)
+    return made
+
+
 def untouched(fold: Fold, sources: Sequence[tuple[str, ...]]) -> Bools:
     """Whether each row uses none of the names that the fold holds out, shape `(rows,)`."""
     return ~_uses(sources, fold.held)

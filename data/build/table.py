@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
@@ -24,10 +24,16 @@ from numpy.random import Generator
 
 from simmerge.demo import FOREIGN, HELD_OUT
 from simmerge.demo.materialize import materialize_tasks
-from simmerge.evaluate.tasks import load_tasks
+from simmerge.errors import SimMergeError
+from simmerge.evaluate.tasks import Task, load_tasks
+from simmerge.ledger.values import ScoreEntry
 from simmerge.operators import OPERATORS, RECORDED, OperatorSpec, form, normal_form
 from simmerge.pipeline.catalog import Catalog
 from simmerge.pipeline.measuring import Measurer
+from simmerge.pipeline.predicting import rows_of_table
+from simmerge.pipeline.project import Project
+from simmerge.pipeline.recorded import write_rows
+from simmerge.pipeline.table import read_table
 from simmerge.recipe import Recipe, Value, step
 from simmerge.rng import rng_for
 from simmerge.search.candidates import Space, candidates
@@ -39,6 +45,8 @@ MULTI = {3: 24, 4: 10, 5: 6}
 WIDE = {2: 120, 3: 40, 4: 30, 5: 20}
 """Subsets of all checkpoints that every operator merges, with drawn coefficients; all pairs there are."""
 SETTINGS = 2
+WIDELY = tuple(spec for spec in OPERATORS.values() if not spec.needs and spec.name != "passthrough")
+"""Operators that need no more than weights."""
 RANGES: Mapping[tuple[str, str], tuple[float, float]] = MappingProxyType(
     {("nearswap", "t"): (1e-4, 1e-2), ("della", "epsilon"): (0.05, 0.2), ("della_linear", "epsilon"): (0.05, 0.2),
      ("breadcrumbs", "gamma"): (0.005, 0.05), ("breadcrumbs_ties", "gamma"): (0.005, 0.05)}
@@ -81,24 +89,22 @@ def _wide(names: list[str], base: str) -> Iterator[Recipe]:
 
     In an order that is drawn too, so that any first part of it is a fair sample.
     """
-    wide = [spec for spec in OPERATORS.values() if not spec.needs and spec.name != "passthrough"]
     found: list[Recipe] = []
     for size, count in WIDE.items():
         subsets = list(itertools.combinations(names, size))
         order = rng_for(0, "table", "wide", str(size)).permutation(len(subsets))[:count]
         for subset in (subsets[k] for k in order):
-            for spec in wide:
-                found += _drawn(spec, subset, base)
+            for spec in WIDELY:
+                found += drawn(spec, subset, base, SETTINGS, rng_for(0, "table", "wide", spec.name, *subset))
     for k in rng_for(0, "table", "wide", "order").permutation(len(found)):
         yield found[k]
 
 
-def _drawn(spec: OperatorSpec, subset: tuple[str, ...], base: str) -> Iterator[Recipe]:
-    """Recipes of one operator over one subset: `SETTINGS` for a pair, one of each of two orders for more."""
-    rng = rng_for(0, "table", "wide", spec.name, *subset)
+def drawn(spec: OperatorSpec, subset: tuple[str, ...], base: str, settings: int, rng: Generator) -> Iterator[Recipe]:
+    """Recipes of one operator over one subset: `settings` for a pair; one for more, or one in each of two orders."""
     root = base if spec.needs_base else None
     if spec.min_inputs <= len(subset) and (spec.max_inputs is None or len(subset) <= spec.max_inputs):
-        for number in range(SETTINGS if len(subset) == 2 else 1):
+        for number in range(settings if len(subset) == 2 else 1):
             # Every other recipe of an operator that minds has its inputs the other way round.
             inputs = subset[::-1] if spec.ordered and number % 2 else subset
             yield normal_form(Recipe(root=step(spec.name, inputs, root, _settings(spec, len(subset), rng))))
@@ -134,72 +140,110 @@ def _settings(spec: OperatorSpec, inputs: int, rng: Generator) -> dict[str, Valu
 
 def measure(catalogue: Path, tasks_folder: Path, work: Path, limit: int, part: tuple[int, int]) -> None:
     """Measure what the ledger does not hold yet; process `part[0]` of `part[1]` takes every so-manieth recipe."""
-    workspace = Workspace.open(work)
+    facts = json.loads((catalogue / "catalog.json").read_text())
+    folders = {name: catalogue / name for name in facts["checkpoints"] if name != FOREIGN}
     tasks = load_tasks(materialize_tasks(tasks_folder, work / "tasks"))
-    with workspace.open_ledger() as ledger:
+    measure_plan(work, folders, facts["base"], tasks, lambda names: plan(names, facts["base"])[:limit], part)
+
+
+def measure_plan(
+    work: Path,
+    folders: Mapping[str, Path],
+    base: str,
+    tasks: Sequence[Task],
+    planned: Callable[[list[str]], list[Recipe]],
+    part: tuple[int, int],
+) -> None:
+    """Score checkpoints, then this process's share of the recipes, on the `select` split of every task.
+
+    The plan is made from the experts' names in the catalogue's order. A recipe that cannot be merged or scored is said
+    and left out of the table.
+    """
+    with Workspace.open(work).open_ledger() as ledger:
         catalog = Catalog(ledger)
-        facts = json.loads((catalogue / "catalog.json").read_text())
-        for name, base in facts["checkpoints"].items():
-            if name != FOREIGN:
-                catalog.add(catalogue / name, name=name, base=base)
-        names = [entry.name for entry in catalog.experts()]
-        with catalog.sources([facts["base"], *names]) as sources:
-            measurer = Measurer(ledger, sources, tasks, facts["base"], keep_items=False)
+        for name, folder in folders.items():
+            catalog.add(folder, name=name, base=None if name == base else base)
+        with catalog.sources(list(folders)) as sources:
+            measurer = Measurer(ledger, sources, tasks, base, keep_items=False)
             task_names = [task.name for task in tasks]
-            for name in [facts["base"], *names]:
+            for name in folders:
                 scores = measurer.checkpoint(name, task_names, SPLIT)
                 print(name, {k: round(s.value, 3) for k, s in scores.items()}, flush=True)
-            recipes = plan(names, facts["base"])[:limit][part[0] :: part[1]]
+            own = planned([entry.name for entry in catalog.experts()])[part[0] :: part[1]]
             began, fresh = time.time(), 0
-            for done, recipe in enumerate(recipes, 1):
+            for done, recipe in enumerate(own, 1):
                 before = measurer.spent.models
-                measurer.recipe(recipe, task_names, SPLIT)
+                try:
+                    measurer.recipe(recipe, task_names, SPLIT)
+                except SimMergeError as error:
+                    print(f"failed: {recipe.canonical()}: {error}", flush=True)
                 fresh += measurer.spent.models - before
                 if done % 50 == 0:
                     rate = (time.time() - began) / max(1, fresh)
-                    print(f"{done}/{len(recipes)} recipes, {rate:.2f} s each", flush=True)
+                    print(f"{done}/{len(own)} recipes, {rate:.2f} s each", flush=True)
 
 
 def export(catalogue: Path, tasks_folder: Path, work: Path, out: Path) -> None:
     """One row per (checkpoint or recipe, task), sorted; types as in data/README.md."""
-    tasks = {task.name: task for task in load_tasks(materialize_tasks(tasks_folder, work / "tasks"))}
+    tasks = load_tasks(materialize_tasks(tasks_folder, work / "tasks"))
     facts = json.loads((catalogue / "catalog.json").read_text())
+    export_plan(work, facts["base"], tasks, lambda names: plan(names, facts["base"]), out)
+    export_rows(work, tasks, out)
+
+
+def export_plan(
+    work: Path, base: str, tasks: Sequence[Task], planned: Callable[[list[str]], list[Recipe]], out: Path
+) -> None:
+    """Write what the ledger holds of a plan; a recipe that lacks a task is left out whole."""
+    digest = {task.name: task.digest for task in tasks}
     rows: list[dict[str, object]] = []
     with Workspace.open(work).open_ledger() as ledger:
         catalog = Catalog(ledger)
         names = [entry.name for entry in catalog.experts()]
         digests = {entry.name: entry.digest for entry in catalog.list()}
-        subjects: list[tuple[str, str, Recipe | None]] = [(digests[n], n, None) for n in [facts["base"], *names]]
-        subjects += [(r.recipe_id(digests), "", r) for r in plan(names, facts["base"])]
+        subjects: list[tuple[str, str, Recipe | None]] = [(digests[n], n, None) for n in [base, *names]]
+        subjects += [(r.recipe_id(digests), "", r) for r in planned(names)]
         scores = {(e.subject, e.score.task): e for e in ledger.scores(split=SPLIT)}
         for subject, name, recipe in subjects:
-            found = [scores.get((subject, task)) for task in tasks]
-            if any(e is None or e.task_digest != tasks[e.score.task].digest for e in found):
-                continue
-            for entry in found:
-                assert entry is not None
-                rows.append(
-                    {
-                        "subject": subject,
-                        "kind": "checkpoint" if recipe is None else "recipe",
-                        "recipe": "" if recipe is None else recipe.canonical(),
-                        "operator": "" if recipe is None else recipe.root.operator,
-                        "form": "" if recipe is None else form(recipe),
-                        "sources": [name] if recipe is None else list(recipe.sources()),
-                        "task": entry.score.task,
-                        "task_digest": entry.task_digest,
-                        "split": SPLIT,
-                        "score": entry.score.value,
-                        "stderr": entry.score.stderr,
-                        "items": entry.score.items,
-                        "nll": entry.score.extra.get("nll", float("nan")),
-                        "seconds": round(entry.score.seconds, 4),
-                    }
-                )
+            found = [scores.get((subject, task)) for task in digest]
+            whole = [e for e in found if e is not None and e.task_digest == digest[e.score.task]]
+            if len(whole) == len(digest):
+                rows += [_row(subject, name, recipe, entry) for entry in whole]
     out.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), out, compression="zstd", compression_level=15)
     recipes = len({r["subject"] for r in rows if r["kind"] == "recipe"})
     print(f"{out}: {len(rows)} rows, {recipes} recipes, {len(tasks)} tasks, {out.stat().st_size:,} bytes")
+
+
+def export_rows(work: Path, tasks: Sequence[Task], table: Path) -> None:
+    """Write the training rows of an exported table beside it: features, and gains in units of each task."""
+    out = table.with_suffix(".rows.parquet")
+    with Project(work) as project:
+        for task in tasks:
+            project.add_tasks(task.path)
+        names = [entry.name for entry in project.catalog.experts()]
+        rows = rows_of_table(project, read_table(table), project.probes(), names)
+    write_rows(out, rows)
+    print(f"{out}: {len(rows)} rows, {len(rows.names)} features, {out.stat().st_size:,} bytes")
+
+
+def _row(subject: str, name: str, recipe: Recipe | None, entry: ScoreEntry) -> dict[str, object]:
+    return {
+        "subject": subject,
+        "kind": "checkpoint" if recipe is None else "recipe",
+        "recipe": "" if recipe is None else recipe.canonical(),
+        "operator": "" if recipe is None else recipe.root.operator,
+        "form": "" if recipe is None else form(recipe),
+        "sources": [name] if recipe is None else list(recipe.sources()),
+        "task": entry.score.task,
+        "task_digest": entry.task_digest,
+        "split": SPLIT,
+        "score": entry.score.value,
+        "stderr": entry.score.stderr,
+        "items": entry.score.items,
+        "nll": entry.score.extra.get("nll", float("nan")),
+        "seconds": round(entry.score.seconds, 4),
+    }
 
 
 def main() -> None:

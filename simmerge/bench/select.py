@@ -1,10 +1,9 @@
 """`simmerge bench select`: choosing operator and coefficients for given checkpoints, from predictions alone.
 
-On the shipped table or on a user's own: whole checkpoints, tasks or operators are held out, every method is fitted
-on the other rows, and ranks the recorded merges of each set of checkpoints.
+On recorded tables or on a user's own: whole checkpoints, tasks, operators or families are held out, every method is
+fitted on the other rows, and ranks the recorded merges of each set of checkpoints.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,16 +12,12 @@ from typing import Any
 
 from simmerge.bench.past_merges import Columns, read_past_merges
 from simmerge.bench.result import Target, report
-from simmerge.data import shipped
-from simmerge.demo import FOREIGN
-from simmerge.demo.materialize import materialize_tasks
+from simmerge.bench.select_rows import rows_of
 from simmerge.errors import UnknownNameError, UsageError
-from simmerge.pipeline.predicting import rows_of_table
-from simmerge.pipeline.project import Project
-from simmerge.pipeline.table import read_table
+from simmerge.pipeline.recorded import family_of
 from simmerge.surrogate.baselines import Method, standard, without_features
 from simmerge.surrogate.compare import SurrogateMethod, compare
-from simmerge.surrogate.folds import Fold, checkpoint_folds, leave_operator_out, leave_task_out
+from simmerge.surrogate.folds import Fold, checkpoint_folds, leave_operator_out, leave_task_out, smaller_to_larger
 from simmerge.surrogate.rows import TrainingRows
 
 SPLITS: Mapping[str, str] = MappingProxyType(
@@ -30,6 +25,7 @@ SPLITS: Mapping[str, str] = MappingProxyType(
         "checkpoint": "five folds of whole checkpoints, for every seed",
         "task": "one task at a time: its scores are in no training row",
         "operator": "one operator at a time: its merges are in no training row",
+        "small-to-large": "one family at a time: only families of smaller models are in the training rows",
     }
 )
 _FOLDS, _QUICK_FOLDS = 5, 3
@@ -42,6 +38,7 @@ def run(
     seed: int = 0,
     seeds: int = 1,
     quick: bool = False,
+    families: Sequence[str] = ("mini",),
     table: Path | None = None,
     columns: Columns | None = None,
 ) -> dict[str, Any]:
@@ -53,11 +50,12 @@ def run(
         seed: seed of folds and fits.
         seeds: shuffles of the checkpoints into folds, with the seeds `seed`, `seed + 1`, …
         quick: every fourth recipe and fewer folds: checks that the bench works, not its figures.
-        table: past merges of the user's own; the shipped table if None.
+        families: recorded tables, from the smallest models to the largest; keys of `FAMILIES`.
+        table: past merges of the user's own, instead of recorded tables.
         columns: what its columns are.
 
     Raises:
-        UnknownNameError: a split or a column that there is not.
+        UnknownNameError: a split, a family or a column that there is not.
         UsageError: a table that cannot be used.
         SurrogateError: a split that the rows do not allow.
     """
@@ -67,12 +65,16 @@ def run(
     if table is not None and columns is not None:
         rows, baselines = read_past_merges(table, columns), without_features()
     else:
-        rows, baselines = _shipped_rows(workspace), standard("input_task_norm", "pair_task_cosine")
+        rows, baselines = rows_of(workspace, families), standard("input_task_norm", "pair_task_cosine")
     if quick and table is None:
         kept = {*list(dict.fromkeys(rows.recipe))[::4]}
         rows = rows.take([k for k, recipe in enumerate(rows.recipe) if recipe in kept])
-    found = {split: _one(rows, split, baselines, seed, seeds, quick) for split in splits}
+    found: dict[str, Any] = {}
+    for split in splits:
+        folds = _folds(rows, split, seed, seeds, quick, families)
+        found[split] = {"held_out": SPLITS[split], "folds": len(folds), **_compared(rows, folds, baselines, seed)}
     command = f"simmerge bench select --seed {seed}"
+    command += "".join(f" --family {name}" for name in families) if tuple(families) != ("mini",) else ""
     command += "".join(f" --split {split}" for split in splits) if tuple(splits) != ("checkpoint",) else ""
     command += (f" --seeds {seeds}" if seeds > 1 else "") + (f" --table {table}" if table else "")
     figures = {"splits": found, "rows": len(rows), "features": len(rows.names), "tasks": len({*rows.task})}
@@ -104,20 +106,20 @@ def columns_of(
     return Columns(features=tuple(features), operator=str(operator), targets=tuple(targets), groups=tuple(groups))
 
 
-def _one(
-    rows: TrainingRows, split: str, baselines: Sequence[Method], seed: int, seeds: int, quick: bool
-) -> dict[str, Any]:
-    folds = _folds(rows, split, seed, seeds, quick)
-    results = compare(rows, folds, (SurrogateMethod(), *baselines), seed)
+def _compared(rows: TrainingRows, folds: Sequence[Fold], baselines: Sequence[Method], seed: int) -> dict[str, Any]:
     methods: dict[str, Any] = {}
-    for result in results:
+    for result in compare(rows, folds, (SurrogateMethod(), *baselines), seed):
         row = asdict(result)
         del row["regrets"]
         methods[result.method] = row
-    return {"held_out": SPLITS[split], "folds": len(folds), "methods": methods}
+    return {"methods": methods}
 
 
-def _folds(rows: TrainingRows, split: str, seed: int, seeds: int, quick: bool) -> list[Fold]:
+def _folds(
+    rows: TrainingRows, split: str, seed: int, seeds: int, quick: bool, families: Sequence[str]
+) -> Sequence[Fold]:
+    if split == "small-to-large":
+        return smaller_to_larger(family_of(rows), families)
     if split == "task":
         made = leave_task_out(rows.task)
     elif split == "operator":
@@ -135,15 +137,3 @@ def _target(split: str, methods: Mapping[str, Any]) -> Target:
         name=f"regret of the first choice with a {split} held out, against half of the best fixed rule's",
         value=got, target=f"<= {bar:.3f}", holds=got <= bar,
     )  # fmt: skip
-
-
-def _shipped_rows(workspace: Path) -> TrainingRows:
-    facts = json.loads(shipped("catalog", "catalog.json").read_text())
-    table = read_table(shipped("scores", "mini.parquet"))
-    with Project(workspace / "select") as project:
-        project.add_tasks(materialize_tasks(shipped("tasks"), project.workspace.root / "tasks"))
-        for name, base in facts["checkpoints"].items():
-            if name != FOREIGN:
-                project.add_checkpoint(shipped("catalog", name), name=name, base=base)
-        names = [n for n in facts["checkpoints"] if n not in (facts["base"], FOREIGN)]
-        return rows_of_table(project, table, project.probes(), names)

@@ -31,6 +31,7 @@ def root() -> None:
     epilog=example(
         "simmerge bench select",
         "simmerge bench select --split checkpoint --split task --split operator --seeds 3",
+        "simmerge bench select --family mini --family small --split small-to-large",
         "simmerge bench select --table past.csv --features 'cos_*' --features norm --operator method --target gsm8k "
         "--groups left --groups right",
         "simmerge bench select --quick --json --check",
@@ -39,7 +40,14 @@ def root() -> None:
 def select(
     splits: Annotated[
         list[str] | None,
-        typer.Option("--split", help="What is held out: checkpoint (the default), task or operator; repeat for more."),
+        typer.Option(
+            "--split",
+            help="What is held out: checkpoint (the default), task, operator or small-to-large; repeat for more.",
+        ),
+    ] = None,
+    families: Annotated[
+        list[str] | None,
+        typer.Option("--family", help="Recorded table: mini (the default), small, …; repeat, smallest models first."),
     ] = None,
     seed: SeedOption = 0,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Shuffles of the checkpoints into folds.")] = 1,
@@ -73,8 +81,8 @@ def select(
 
     columns = columns_of(table, features or (), operator, target or (), groups or ())
     with console(stderr=True).status("comparing"):
-        result = run(workspace, splits=splits or ("checkpoint",), seed=seed, seeds=seeds, quick=quick, table=table,
-                     columns=columns)  # fmt: skip
+        result = run(workspace, splits=splits or ("checkpoint",), seed=seed, seeds=seeds, quick=quick,
+                     families=families or ("mini",), table=table, columns=columns)  # fmt: skip
     _write(markdown, markdown_of, result)
     if as_json:
         print_json(result)

@@ -149,3 +149,10 @@ def test_requests_that_make_no_sense_are_refused(
 ) -> None:
     assert main(["bench", "select", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_family_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="family 'smal'"):
+        run(tmp_path, families=("smal",))
+    with pytest.raises(UsageError, match="named once each"):
+        run(tmp_path, families=("mini", "mini"))
