@@ -20,13 +20,13 @@ from simmerge.evaluate.lm_eval_tasks import (
     compile_split,
     cut_answers,
     cut_contexts,
-    generated,
-    max_length,
     tokenised,
 )
 from simmerge.evaluate.remembered import Answers, Keeper, Window, window
 from simmerge.evaluate.results import mean_extras, score_of
-from simmerge.evaluate.scorer import Scored, evaluating, run
+from simmerge.evaluate.runners import PlanRunner, runner_of
+from simmerge.evaluate.scorer import Scored
+from simmerge.evaluate.sizes import Sizes
 from simmerge.evaluate.tasks import Task, task_named
 from simmerge.types import Score
 
@@ -42,15 +42,22 @@ class LmEvalEvaluator:
 
     What is compiled, tokenised and planned is kept for the life of the evaluator, by the tokenizer's
     content and not by the object. One evaluator serves one thread at a time.
+
+    What runs out of memory is tried again with half as much, and what fitted is remembered for the models of the same
+    shape on the same device. Another size of passes changes a score by the rounding of the forward pass only.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, batch_tokens: int = 2048, generate_batch: int = 16) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], *, batch_tokens: int | None = None, generate_batch: int | None = None
+    ) -> None:
         """See the class.
 
         Args:
             tasks: what can be asked for, names distinct.
-            batch_tokens: most tokens, padding included, of one forward pass of more than one row.
-            generate_batch: prompts that are generated together.
+            batch_tokens: most tokens, padding included, of one forward pass of more than one row. None for 2,048 on a
+                processor, and on an accelerator for 65,536 or what is found to fit.
+            generate_batch: prompts that are continued together. None for 16 on a processor, and on an accelerator for
+                128 or what is found to fit.
 
         Raises:
             EvaluationError: two tasks of one name.
@@ -59,12 +66,8 @@ class LmEvalEvaluator:
         names = [task.name for task in tasks]
         if len(dict.fromkeys(names)) != len(names):
             raise EvaluationError(f"tasks must have distinct names, got {', '.join(names)}")
-        for what, size in (("batch_tokens", batch_tokens), ("generate_batch", generate_batch)):
-            if size < 1:
-                raise RangeError(f"{what} must be at least 1, got {size}")
         self._tasks = tuple(tasks)
-        self._batch_tokens = batch_tokens
-        self._generate_batch = generate_batch
+        self._sizes = Sizes(batch_tokens, generate_batch)
         self._compiled: dict[tuple[str, str], CompiledSplit] = {}
         self._tokens: dict[tuple[str, int, str, str], tuple[ItemRequests, ...]] = {}
         self._cuts: dict[tuple[str, int, str, str], list[bool]] = {}
@@ -78,7 +81,7 @@ class LmEvalEvaluator:
 
     @property
     def settings(self) -> str:
-        """What else a score depends on, for the ledger's `settings`."""
+        """What else a live model's score depends on, for the ledger's `settings`; `backends` has those of others."""
         return f"lm-eval {VERSION}"
 
     def score(
@@ -92,10 +95,10 @@ class LmEvalEvaluator:
         stop: int | None = None,
         known: Answers | None = None,
     ) -> list[Score]:
-        """Scores of a live model, in the order of `tasks`.
+        """Scores of a model, in the order of `tasks`.
 
         Args:
-            model: a causal language model of transformers; its mode is left as it was.
+            model: a causal language model of transformers on any device, its mode is left as it was; or a `PlanRunner`.
             tokenizer: its tokenizer; left as it was.
             tasks: names; each at most once.
             split: one of `simmerge.types.SPLITS`.
@@ -113,8 +116,8 @@ class LmEvalEvaluator:
         Raises:
             UnknownNameError: no task of that name.
             RangeError: an empty range of items.
-            EvaluationError: a task lacks the split or items in the range; an item does not fit the model;
-                or the model's outputs are not finite.
+            EvaluationError: a task lacks the split or items in the range; an item does not fit the model or, alone,
+                into memory; or the model's outputs are not finite.
         """
         if start < 0 or (stop is not None and stop <= start):
             raise RangeError(f"items must be start <= i < stop with start at least 0, got {start} and {stop}")
@@ -127,17 +130,13 @@ class LmEvalEvaluator:
                 )
         windows = [window(compiled, start, stop, known) for compiled in chosen]
         asked = [one.missing for one in windows]
-        bundled = self._bundle(model, tokenizer, windows, asked)
-        rows = model.get_input_embeddings().weight.shape[0]
-        if bundled.highest >= rows:
-            raise EvaluationError(
-                f"the tokenizer gives token {bundled.highest}, the model has {rows} embeddings; "
-                "they do not belong together, so load both from one checkpoint"
-            )
+        runner = runner_of(model)
+        bundled = self._bundle(runner, tokenizer, windows, asked)
         begun = time.perf_counter()
         keeper = None if known is None else Keeper(windows, asked, bundled, known)
         greedy = any(compiled.needs_greedy for compiled in chosen)
-        scored = run(model, bundled.plan, greedy=greedy, after=keeper)
+        scored = runner.run(bundled.plan, greedy=greedy, after=keeper)
+        self._sizes.learn(runner.place, tokens=scored.fitted)
         whole = sum(bundled.tokens)
         passed = time.perf_counter() - begun
         scores: list[Score] = []
@@ -145,12 +144,12 @@ class LmEvalEvaluator:
             compiled, begun = one.compiled, time.perf_counter()
             cuts: dict[str, float] = {}
             if compiled.task.output_type == "generate_until":
-                cuts = self._generate(model, tokenizer, one, items, known)
+                cuts = self._generate(runner, tokenizer, one, items, known)
             else:
                 fresh = one.add(self._answers(bundled, scored, position, compiled, items))
                 if known is not None and fresh and len(one.items) < len(compiled.names):
                     known.keep(compiled.task.digest, fresh)
-                cuts = {"truncated": float(self._cut(model, tokenizer, one))}
+                cuts = {"truncated": float(self._cut(runner, tokenizer, one))}
             rolling = compiled.task.output_type == "loglikelihood_rolling"
             given = [[pair[0] for pair in one.given[i]] if rolling else one.given[i] for i in one.items]
             measured, extra = measure(compiled, given, start)
@@ -165,41 +164,48 @@ class LmEvalEvaluator:
             self._compiled[name, split] = compile_split(task_named(self._tasks, name), split)
         return self._compiled[name, split]
 
-    def _requests(self, model: Any, tokenizer: Any, compiled: CompiledSplit) -> tuple[ItemRequests, ...]:
-        one = (self._key(tokenizer), max_length(model, tokenizer), compiled.task.name, compiled.split)
+    def _requests(self, runner: PlanRunner, tokenizer: Any, compiled: CompiledSplit) -> tuple[ItemRequests, ...]:
+        longest = runner.longest(tokenizer)
+        one = (self._key(tokenizer), longest, compiled.task.name, compiled.split)
         if one not in self._tokens:
-            self._tokens[one] = tokenised(compiled, model.config, tokenizer)
+            self._tokens[one] = tokenised(compiled, runner.config, tokenizer, longest)
         return self._tokens[one]
 
-    def _cut(self, model: Any, tokenizer: Any, one: Window) -> int:
+    def _cut(self, runner: PlanRunner, tokenizer: Any, one: Window) -> int:
         """How many items have a context that does not fit the model."""
-        longest = max_length(model, tokenizer)
+        longest = runner.longest(tokenizer)
         key = (self._key(tokenizer), longest, one.compiled.task.name, one.compiled.split)
         if key not in self._cuts:
             self._cuts[key] = [
                 any(len(r.context) + len(r.continuation) > longest + 1 for instance in item for r in instance)
-                for item in self._requests(model, tokenizer, one.compiled)
+                for item in self._requests(runner, tokenizer, one.compiled)
             ]
         return sum(self._cuts[key][one.items.start : one.items.stop])
 
     def _bundle(
-        self, model: Any, tokenizer: Any, windows: Sequence[Window], asked: Sequence[tuple[int, ...]]
+        self, runner: PlanRunner, tokenizer: Any, windows: Sequence[Window], asked: Sequence[tuple[int, ...]]
     ) -> Bundle:
-        longest = max_length(model, tokenizer)
+        longest, batch_tokens = runner.longest(tokenizer), self._sizes.tokens(runner.place)
         names = ((one.compiled.task.name, one.compiled.split) for one in windows)
         # The items that are asked are one range, but where an evaluation goes on.
         spans = (items if items != tuple(one.items) else one.items for one, items in zip(windows, asked, strict=True))
-        key = (self._key(tokenizer), longest, *zip(names, spans, strict=True))
+        key = (self._key(tokenizer), longest, batch_tokens, *zip(names, spans, strict=True))
         if key not in self._bundles:
-            requests = [self._requests(model, tokenizer, one.compiled) for one in windows]
+            requests = [self._requests(runner, tokenizer, one.compiled) for one in windows]
             self._bundles[key] = bundle(
                 [[found[i] for i in items] for found, items in zip(requests, asked, strict=True)],
                 max_length=longest,
-                batch_tokens=self._batch_tokens,
+                batch_tokens=batch_tokens,
             )
             if len(self._bundles) > _PLANS:
                 self._bundles.popitem(last=False)
         self._bundles.move_to_end(key)
+        highest, rows = self._bundles[key].highest, runner.embeddings
+        if highest >= rows:
+            raise EvaluationError(
+                f"the tokenizer gives token {highest}, the model has {rows} embeddings; "
+                "they do not belong together, so load both from one checkpoint"
+            )
         return self._bundles[key]
 
     def _answers(
@@ -216,22 +222,26 @@ class LmEvalEvaluator:
         return cast(dict[int, list[Any]], found)
 
     def _generate(
-        self, model: Any, tokenizer: Any, one: Window, items: Sequence[int], known: Answers | None
+        self, runner: PlanRunner, tokenizer: Any, one: Window, items: Sequence[int], known: Answers | None
     ) -> dict[str, float]:
         """Generate what is not known, some prompts at a time, and count what was cut."""
-        compiled = one.compiled
-        step = self._generate_batch * _GENERATED_TOGETHER
-        with evaluating(model):
-            for first in range(0, len(items), step):
-                part = items[first : first + step]
-                instances = [compiled.instances[i][0] for i in part]
-                texts = generated(model, tokenizer, compiled, instances, self._generate_batch)
-                fresh = one.add({i: [text] for i, text in zip(part, texts, strict=True)})
-                if known is not None:
+        compiled, first = one.compiled, 0
+        while first < len(items):
+            batch = self._sizes.prompts(runner.place)
+            part = items[first : first + batch * _GENERATED_TOGETHER]
+            instances = [compiled.instances[i][0] for i in part]
+            texts: dict[int, str] = {}
+            try:
+                self._sizes.learn(runner.place, prompts=runner.write(tokenizer, compiled, instances, batch, texts))
+            finally:
+                # What was answered before an error is kept too.
+                fresh = one.add({part[position]: [texts[position]] for position in sorted(texts)})
+                if known is not None and fresh:
                     known.keep(compiled.task.digest, fresh)
+            first += len(part)
         every = [compiled.instances[i][0] for i in one.items]
         return {
-            "truncated": float(cut_contexts(model, tokenizer, every)),
+            "truncated": float(cut_contexts(runner.context(tokenizer), tokenizer, every)),
             "unfinished": float(cut_answers(tokenizer, every, [one.given[i][0] for i in one.items])),
         }
 

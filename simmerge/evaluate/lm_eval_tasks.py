@@ -1,4 +1,4 @@
-"""The only module that imports lm-eval: its tasks, its tokens and its generation, without its loop.
+"""lm-eval's tasks and tokens, without its loop; only this module and `generation` import lm-eval.
 
 A split is compiled to requests once, and its tokens are made once per tokenizer.
 """
@@ -80,9 +80,10 @@ class _DataTask(ConfigurableTask):
 class _Recorder(_HFLM):
     """lm-eval's model without the model: it writes down the tokens that it would have scored."""
 
-    def __init__(self, config: Any, tokenizer: Any) -> None:
+    def __init__(self, config: Any, tokenizer: Any, longest: int | None) -> None:
         self.recorded: list[TokenRequest] = []
-        super().__init__(pretrained=SimpleNamespace(config=config, device="cpu"), tokenizer=tokenizer)
+        model = SimpleNamespace(config=config, device="cpu")
+        super().__init__(pretrained=model, tokenizer=tokenizer, max_length=longest)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         for _request, context, continuation in requests:
@@ -206,16 +207,18 @@ def _check_metric(task: Task, lm_task: Any) -> None:
 
 
 def max_length(model: Any, tokenizer: Any) -> int:
-    """Most tokens that the model takes, found as lm-eval finds it."""
+    """Most tokens that the model takes, found in `model.config` as lm-eval finds it."""
     return int(resolve_max_length(model.config, tokenizer, default=_HFLM._DEFAULT_MAX_LENGTH))
 
 
-def tokenised(compiled: CompiledSplit, config: Any, tokenizer: Any) -> tuple[tuple[tuple[TokenRequest, ...], ...], ...]:
+def tokenised(
+    compiled: CompiledSplit, config: Any, tokenizer: Any, longest: int | None = None
+) -> tuple[tuple[tuple[TokenRequest, ...], ...], ...]:
     """Token requests of every instance of every item: `[item][instance][window]`.
 
     A text of `loglikelihood_rolling` is cut into windows as lm-eval cuts it: each token is predicted
     once, the first window begins with the tokenizer's BOS (or EOS), and later ones are as full as
-    they can be. `generate_until` has no requests.
+    they can be, `longest` tokens or what the config says. `generate_until` has no requests.
 
     Raises:
         EvaluationError: the tokenizer has no BOS or EOS where one is needed, or the model is no causal
@@ -224,7 +227,7 @@ def tokenised(compiled: CompiledSplit, config: Any, tokenizer: Any) -> tuple[tup
     if compiled.task.output_type == "generate_until":
         return tuple(() for _ in compiled.docs)
     with quiet():
-        recorder = _Recorder(config, copy.deepcopy(tokenizer))
+        recorder = _Recorder(config, copy.deepcopy(tokenizer), longest)
     if recorder.backend != "causal":
         raise EvaluationError("only causal language models can be scored, got an encoder-decoder")
     if recorder.prefix_token_id is None:
@@ -249,25 +252,8 @@ def tokenised(compiled: CompiledSplit, config: Any, tokenizer: Any) -> tuple[tup
     return tuple(result)
 
 
-def generated(
-    model: Any, tokenizer: Any, compiled: CompiledSplit, instances: Sequence[Any], batch_size: int
-) -> list[str]:
-    """lm-eval's own generation on a live model, one text per instance.
-
-    Raises:
-        EvaluationError: the model's context has no room for the answer.
-    """
-    with quiet():
-        lm = _HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        try:
-            return cast(list[str], lm.generate_until(list(instances), disable_tqdm=True))
-        except AssertionError as error:
-            raise EvaluationError(f"task '{compiled.task.name}' cannot be generated: {error}") from error
-
-
-def cut_contexts(model: Any, tokenizer: Any, instances: Sequence[Any]) -> int:
-    """How many prompts of `generate_until` are too long for the model beside the answer's room."""
-    longest = max_length(model, tokenizer)
+def cut_contexts(longest: int, tokenizer: Any, instances: Sequence[Any]) -> int:
+    """How many prompts of `generate_until` are too long for `longest` tokens beside the answer's room."""
     count = 0
     for instance in instances:
         context, kwargs = instance.args

@@ -16,8 +16,12 @@ from numpy.typing import NDArray
 
 from simmerge.errors import EvaluationError
 
-# Rows of logits that are normalised at once: 2**22 floats (16 MiB) stay near the processor's cache.
-_BLOCK = 2**22
+# Logits that are normalised at once: 2**22 floats (16 MiB) stay near the processor's cache. An accelerator waits for
+# the processor once per block, so that its blocks are larger (256 MiB).
+_BLOCK, _BLOCK_ON_ACCELERATOR = 2**22, 2**26
+
+# What an allocator says where it raises a plain RuntimeError: torch's for the processor, MPS, cuBLAS.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
 
 # A batch ends early, where a shorter row would be padded by more than a tenth, once it has 1024 tokens: by
 # then a pass costs far more than its start (measured on 1M parameters: 2 ms against 40 ms).
@@ -69,12 +73,14 @@ class Plan:
         requests: number of requests.
         truncated: whether a request's context was cut to fit, shape `(requests,)`.
         tokens: tokens that each request costs, shape `(requests,)`; shared ones are counted for each.
+        labels: whose request each is, for messages; `requests` of them.
     """
 
     batches: tuple[Batch, ...]
     requests: int
     truncated: NDArray[np.bool_]
     tokens: NDArray[np.int64]
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +90,12 @@ class Scored:
     Attributes:
         loglikelihood: sum over the continuation, nats, float64, shape `(requests,)`.
         greedy: whether every token of the continuation is the model's first choice, same shape.
+        fitted: tokens of the largest pass that fitted after memory had run out, or None where it never did.
     """
 
     loglikelihood: NDArray[np.float64]
     greedy: NDArray[np.bool_]
+    fitted: int | None = None
 
 
 def plan(requests: Sequence[TokenRequest], *, max_length: int, batch_tokens: int) -> Plan:
@@ -110,7 +118,7 @@ def plan(requests: Sequence[TokenRequest], *, max_length: int, batch_tokens: int
         _check(request, max_length)
         inputs.append((request.context + request.continuation)[-(max_length + 1) :][:-1])
     truncated = [len(r.context) + len(r.continuation) > max_length + 1 for r in requests]
-    hosts = _hosts(inputs)
+    hosts = hosts_of(inputs)
     order = sorted(dict.fromkeys(hosts), key=lambda i: (-len(inputs[i]), inputs[i], i))
     guests: dict[int, list[int]] = {host: [] for host in order}
     for index, host in enumerate(hosts):
@@ -121,6 +129,7 @@ def plan(requests: Sequence[TokenRequest], *, max_length: int, batch_tokens: int
         requests=len(requests),
         truncated=np.array(truncated, dtype=np.bool_),
         tokens=np.array([len(tokens) for tokens in inputs], dtype=np.int64),
+        labels=tuple(request.label for request in requests),
     )
 
 
@@ -132,7 +141,8 @@ def run(
     Logits are normalised in float32 and summed in float64, request by request in the order of its
     tokens; what else is asked changes an answer only by the rounding of the forward pass.
 
-    A batch that does not fit into memory is halved until it does, and so are all later ones as large.
+    A batch that does not fit into memory is halved until it does, and so are all later ones as large; `Scored.fitted`
+    is what a later plan for this model should have as its `batch_tokens`.
 
     Args:
         model: a causal language model of transformers on any device.
@@ -146,6 +156,7 @@ def run(
     total = np.zeros(planned.requests, dtype=np.float64)
     first = np.zeros(planned.requests, dtype=np.bool_)
     there = np.zeros(planned.requests, dtype=np.bool_)
+    fitted: int | None = None
     waiting = list(reversed(planned.batches))
     most = max((batch.tokens.numel() for batch in waiting), default=0)
     with evaluating(model):
@@ -160,23 +171,30 @@ def run(
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                most = _smaller(batch, error)
+                most, fitted = _smaller(batch, error, planned.labels), 0
                 waiting.append(batch)
             else:
+                fitted = None if fitted is None else max(fitted, batch.tokens.numel())
                 total[batch.owners] = np.add.reduceat(values, batch.starts)
                 if greedy:
                     first[batch.owners] = np.logical_and.reduceat(best, batch.starts)
                 there[batch.owners] = True
                 if after is not None:
                     after(Scored(loglikelihood=total, greedy=first), there)
-    return Scored(loglikelihood=total, greedy=first)
+    return Scored(loglikelihood=total, greedy=first, fitted=fitted)
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on an accelerator or on the processor."""
-    # torch's allocator for the processor raises a plain RuntimeError.
-    said = "can't allocate memory" in str(error) or "not enough memory" in str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(said in str(error) for said in _NO_MEMORY)
+
+
+def free_cached() -> None:
+    """Give back what the accelerator's allocator keeps: in pieces of the wrong size it is in the way."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch]:
@@ -205,16 +223,15 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     return upper, lower
 
 
-def _smaller(batch: Batch, error: BaseException) -> int:
+def _smaller(batch: Batch, error: BaseException, labels: Sequence[str]) -> int:
     """Most tokens of a batch from now on."""
     rows, width = batch.tokens.shape
     if rows == 1:
         raise EvaluationError(
-            f"the model runs out of memory on one text of {width} tokens alone; free memory, load the model in a "
-            "smaller dtype, or shorten the task's items"
+            f"{labels[batch.owners[0]]}: the model runs out of memory on one text of {width} tokens alone; "
+            "free memory, load the model in a smaller dtype, or shorten the task's items"
         ) from error
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what is cached in pieces of the wrong size is in the way
+    free_cached()
     return rows * width // 2
 
 
@@ -244,7 +261,7 @@ def _check(request: TokenRequest, max_length: int) -> None:
         )
 
 
-def _hosts(inputs: Sequence[tuple[int, ...]]) -> list[int]:
+def hosts_of(inputs: Sequence[tuple[int, ...]]) -> list[int]:
     """For each input the index of one that begins with it: itself, unless it begins another."""
     hosts = list(range(len(inputs)))
     # In the order of tuples everything that begins with x follows x at once, so the next one tells.
@@ -311,12 +328,15 @@ def _needed_logits(model: Any, batch: Batch) -> torch.Tensor:
     most of a small model's work.
     """
     tokens = batch.tokens.to(model.device)
-    row, column = batch.row.to(tokens.device), batch.column.to(tokens.device)
+
+    def needed(values: torch.Tensor) -> torch.Tensor:
+        # On the values' own device: the layers of one model may stand on several.
+        return values[batch.row.to(values.device), batch.column.to(values.device)]
 
     def keep(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = arguments[0] if arguments else None
         if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 and hidden.shape[:2] == tokens.shape:
-            return (hidden[row, column], *arguments[1:])
+            return (needed(hidden), *arguments[1:])
         return None
 
     head = model.get_output_embeddings()
@@ -327,7 +347,7 @@ def _needed_logits(model: Any, batch: Batch) -> torch.Tensor:
     finally:
         if hook is not None:
             hook.remove()
-    return logits if logits.dim() == 2 else logits[row, column]
+    return logits if logits.dim() == 2 else needed(logits)
 
 
 def _without_cache(model: Any) -> dict[str, bool]:
@@ -341,11 +361,13 @@ def _gathered(
     """Log-probability of each target, and whether it is the first choice; both of shape `(places,)`."""
     values: list[NDArray[np.float64]] = []
     best: list[NDArray[np.bool_]] = []
-    block = max(1, _BLOCK // logits.shape[1])
+    whole = _BLOCK if logits.device.type == "cpu" else _BLOCK_ON_ACCELERATOR
+    block = max(1, whole // logits.shape[1])
     for start in range(0, len(target), block):
         part, wanted = logits[start : start + block], target[start : start + block]
         normal = torch.log_softmax(part, dim=-1, dtype=torch.float32)
-        values.append(normal.gather(1, wanted.unsqueeze(1)).squeeze(1).double().cpu().numpy())
+        # To the processor first: not every accelerator has float64.
+        values.append(normal.gather(1, wanted.unsqueeze(1)).squeeze(1).cpu().double().numpy())
         if greedy:
             best.append((normal.argmax(dim=-1) == wanted).cpu().numpy())
     return np.concatenate(values), np.concatenate(best) if greedy else np.zeros(0, dtype=np.bool_)

@@ -26,10 +26,21 @@ def load_model(path: str) -> tuple[Any, Any]:
         model = _MODELS.from_pretrained(
             path, dtype="float32", local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-        tokenizer = _TOKENIZERS.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load '{path}': {error}") from error
-    return model.eval(), tokenizer
+    return model.eval(), load_tokenizer(path)
+
+
+def load_tokenizer(path: str) -> Any:
+    """Tokenizer of a local folder; no remote code, no network.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    try:
+        return _TOKENIZERS.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"transformers cannot load the tokenizer of '{path}': {error}") from error
 
 
 def load_checkpoint(checkpoint: Checkpoint, reader: TensorReader) -> tuple[Any, Any]:

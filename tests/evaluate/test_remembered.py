@@ -108,17 +108,17 @@ def test_generated_answers_are_kept_as_they_come(
     task: Task = load_task(write_task("t", "generate_until", splits=splits))
     monkeypatch.setattr("simmerge.evaluate.lm_eval_adapter._GENERATED_TOGETHER", 1)
     generate, asked = LmEvalEvaluator([task], generate_batch=4), []
-    from simmerge.evaluate import lm_eval_adapter
+    from simmerge.evaluate import runners
 
-    original = lm_eval_adapter.generated
+    original = runners.generated
 
-    def counted(model: Any, tokenizer: Any, compiled: Any, instances: Any, size: int) -> list[str]:
+    def counted(model: Any, tokenizer: Any, compiled: Any, instances: Any, size: int, found: Any) -> int | None:
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(len(instances))
-        return original(model, tokenizer, compiled, instances, size)
+        return original(model, tokenizer, compiled, instances, size, found)
 
-    monkeypatch.setattr(lm_eval_adapter, "generated", counted)
+    monkeypatch.setattr(runners, "generated", counted)
     memory = Memory()
     with pytest.raises(KeyboardInterrupt):
         generate.score(*tiny, ["t"], "select", known=memory)
@@ -126,7 +126,7 @@ def test_generated_answers_are_kept_as_they_come(
     asked.clear()
     [found] = generate.score(*tiny, ["t"], "select", known=memory)
     assert asked == [4]
-    monkeypatch.setattr(lm_eval_adapter, "generated", original)
+    monkeypatch.setattr(runners, "generated", original)
     [whole] = generate.score(*tiny, ["t"], "select")
     assert alike(found, whole)
 
