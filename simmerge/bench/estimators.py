@@ -19,14 +19,18 @@ from simmerge.bench.races import FIELD, regrets
 from simmerge.bench.result import Target, report
 from simmerge.data import shipped
 from simmerge.errors import EvaluationError
-from simmerge.evaluate.banks import ItemBank, choose
+from simmerge.evaluate.banks import ItemBank
+from simmerge.evaluate.choosing import choose
 from simmerge.evaluate.estimators import Estimator, PIrt, standard
 from simmerge.files import write_atomic
 from simmerge.rng import rng_for
 
-COUNTS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_FEWEST = 4
+"""Items of a random subset from which on savings are stated: below, its error is as large as the differences."""
 FOLDS, DRAWS, RACES = 5, 4, 20
 RANDOM = "mean of a random subset"
+OURS = ("from the parents", "from past merges")
 _SHARE = 0.5
 """Largest share of a task's items that is asked."""
 
@@ -87,7 +91,7 @@ def run(
         "field": FIELD,
         "figure": str(workspace / "estimators.json"),
     }
-    ours = {kind: min(v for name, v in own.items() if name.startswith("from the parents"))
+    ours = {kind: min(v for name, v in own.items() if name.startswith(OURS))
             for kind, own in saved.items()}  # fmt: skip
     targets = [
         Target(name=f"items of ours for the error of a random subset, {kind}", value=value, target="<= 0.5",
@@ -132,6 +136,8 @@ def saving(curve: Curve, plain: Curve) -> float:
     errors = np.minimum.accumulate(np.log(np.array(list(curve.errors.values()))))
     shares: list[float] = []
     for count, error in plain.errors.items():
+        if count < _FEWEST:
+            continue
         # Left of the curve's first point np.interp gives that point.
         needed: Any = np.interp(-math.log(error), -errors, counts)
         shares.append(float(needed) - math.log(count))
@@ -208,7 +214,7 @@ def _figure(curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
                     "type": "scatter", "mode": "lines+markers", "name": curve.name, "legendgroup": curve.name,
                     "showlegend": k == 1, "x": list(curve.errors), "y": list(curve.errors.values()),
                     "xaxis": f"x{axis}", "yaxis": f"y{axis}",
-                    "line": {"dash": "solid" if curve.name.startswith("from") else "dot"},
+                    "line": {"dash": "solid" if curve.name.startswith(OURS) else "dot"},
                 }
             )  # fmt: skip
         left, right = (k - 1) / len(curves) + 0.04 * (k > 1), k / len(curves) - 0.04

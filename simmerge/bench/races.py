@@ -5,7 +5,8 @@ from functools import partial
 
 import numpy as np
 
-from simmerge.evaluate.banks import Floats, Ints, ItemBank, choose
+from simmerge.evaluate.banks import Floats, Ints, ItemBank
+from simmerge.evaluate.choosing import choose
 from simmerge.evaluate.racing import Race, confidence_race, successive_halving
 from simmerge.rng import rng_for
 

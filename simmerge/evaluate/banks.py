@@ -7,13 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from simmerge.errors import EvaluationError
-from simmerge.rng import rng_for
 from simmerge.types import Score
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-HOW = ("random", "difficulty", "strata")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,51 +99,3 @@ def bank_of(scores: Mapping[str, Score], parents: Mapping[str, Sequence[str]] | 
         answers=np.array([[found.value for found in score.per_item] for score in scores.values()]),
         parents={name: tuple(own) for name, own in (parents or {}).items()},
     )
-
-
-def choose(bank: ItemBank, count: int, seed: int, how: str = "strata") -> Ints:
-    """Items to ask a new model first, ascending.
-
-    *random*: every subset is as likely. *difficulty*: items in the order of their mean answer, cut into runs of equal
-    length, one drawn from each. *strata*: the same along a path through the answers: items are split in two at the
-    median of the direction in which their answers differ most, and so on, until there are as many strata as items
-    are wanted; alike items then stand together, whatever they have in common.
-
-    Args:
-        bank: answers of known models.
-        count: number of items, at least 1 and at most those of the bank.
-        seed: seed of the draw.
-        how: one of `HOW`.
-
-    Raises:
-        EvaluationError: a count out of range, or an unknown way.
-    """
-    total = len(bank.items)
-    if not 1 <= count <= total:
-        raise EvaluationError(f"count must be from 1 to the task's {total} items, got {count}; ask for fewer")
-    if how not in HOW:
-        raise EvaluationError(f"how must be one of {', '.join(HOW)}, got '{how}'")
-    rng = rng_for(seed, "items", how, str(count))
-    if how == "random":
-        return np.sort(rng.permutation(total)[:count])
-    # Items that are alike in everything known are in no order: a shuffle goes first.
-    shuffled = rng.permutation(total)
-    if how == "difficulty":
-        order = shuffled[np.argsort(bank.answers.mean(axis=0)[shuffled], kind="stable")]
-        parts = np.array_split(order, count)
-    else:
-        parts = _halved(bank.answers, shuffled, count)
-    return np.sort(np.array([part[int(rng.integers(len(part)))] for part in parts]))
-
-
-def _halved(answers: Floats, items: Ints, count: int) -> list[Ints]:
-    """`count` sets of items, sizes as equal as can be, those that are answered alike together."""
-    if count == 1:
-        return [items]
-    own = answers[:, items] - answers[:, items].mean(axis=1, keepdims=True)
-    # The leading right singular vector: where along the direction of most difference each item lies.
-    along = np.linalg.svd(own, full_matrices=False)[2][0]
-    order = items[np.argsort(along, kind="stable")]
-    left = count // 2
-    cut = round(len(order) * left / count)
-    return [*_halved(answers, order[:cut], left), *_halved(answers, order[cut:], count - left)]

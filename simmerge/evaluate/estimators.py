@@ -14,6 +14,7 @@ import numpy as np
 from simmerge.errors import EvaluationError
 from simmerge.evaluate.banks import Floats, Ints, ItemBank
 from simmerge.evaluate.irt import Irt, fit_irt
+from simmerge.evaluate.residuals import FEWEST, fit_prior
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class Estimator(Protocol):
 
     @property
     def how(self) -> str:
-        """How its items are chosen, see `banks.choose`."""
+        """How its items are chosen, see `choosing.choose`."""
         ...
 
     def learn(self, bank: ItemBank) -> Callable[[Ints, Floats, Sequence[str]], Estimate]:
@@ -73,10 +74,10 @@ class MeanOfSeen:
 class FromParents:
     """What the parents' answers say, corrected by the answers that were seen.
 
-    Each answer is predicted from what is known of its item, z: the base's or first model's answer, mean, least and
-    greatest answer of the parents, mean of all models. The prediction's coefficients come from the bank's merges,
-    by ridge regression (without any, the parents' mean is taken). The error of the predicted score is then estimated
-    from the residuals of the items seen, shrunk by what it was in earlier merges:
+    Each answer is predicted from what is known of its item, z (`residuals.known`): the base's or first model's answer,
+    mean, least and greatest answer of the parents, mean of all models. The prediction's coefficients come from the
+    bank's merges, by ridge regression (without any, the parents' mean is taken). The error of the predicted score is
+    then estimated from the residuals of the items seen, shrunk by what it was in earlier merges:
 
         score = w'z b + k (mean residual of the seen), k = t² / (t² + e² (1/s - 1/n)),
 
@@ -87,69 +88,58 @@ class FromParents:
 
     name: str = "from the parents"
     how: str = "strata"
-    ridge: float = 1e-3
 
     def learn(self, bank: ItemBank) -> Callable[[Ints, Floats, Sequence[str]], Estimate]:
         """Coefficients and variances of the bank's merges."""
-        w = bank.weights / bank.weights.sum()
-        past = [name for name in bank.parents if name in bank.models]
-        about = {name: _known(bank, bank.parents[name]) for name in past}
-        b = self._coefficients(bank, w, past, about)
-        between, within = _variances(bank, w, b, past, about)
+        prior = fit_prior(bank)
+        w, past = prior.weights, len(prior.residuals)
+        between, within = prior.variances()
 
         def estimate(seen: Ints, answers: Floats, parents: Sequence[str]) -> Estimate:
-            z = _known(bank, parents)
-            residual = answers - z[seen] @ b
-            own = w[seen] / w[seen].sum()
-            mean = float(own @ residual)
-            spread = within if len(past) > 1 or len(seen) < 2 else float(residual.var(ddof=1))
+            expected = prior.expected(parents)
+            residual = answers - expected[seen]
+            mean = float(w[seen] / w[seen].sum() @ residual)
+            spread = within if past > 1 or len(seen) < 2 else float(residual.var(ddof=1))
             noise = spread * (1 / len(seen) - 1 / len(bank.items))
-            k = between / (between + noise) if len(past) > 1 and between + noise > 0 else 1.0
-            error = k * noise if len(past) > 1 else noise
-            return Estimate(value=float(w @ (z @ b)) + k * mean, stderr=float(np.sqrt(max(error, 0.0))))
+            k = between / (between + noise) if past > 1 and between + noise > 0 else 1.0
+            error = k * noise if past > 1 else noise
+            return Estimate(value=float(w @ expected) + k * mean, stderr=float(np.sqrt(max(error, 0.0))))
 
         return estimate
 
-    def _coefficients(self, bank: ItemBank, w: Floats, past: Sequence[str], about: dict[str, Floats]) -> Floats:
-        start = np.zeros(_WIDTH)
-        start[_MEAN] = 1.0
-        if len(past) < 2:
-            return start
-        gram, side = self.ridge * len(past) * np.eye(_WIDTH), np.zeros(_WIDTH)
-        for name in past:
-            z = about[name]
-            gram += z.T @ (w[:, None] * z)
-            side += z.T @ (w * (bank.row(name) - z @ start))
-        return start + np.linalg.solve(gram, side)
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FromMerges:
+    """The best linear prediction from the answers that were seen, as residuals of past merges belong together.
 
-_WIDTH, _MEAN = 6, 2
+    Expected answers are those of `FromParents`; their residuals are a vector with the covariance C of the residuals of
+    past merges (`Prior.covariance`). With R the covariance of the seen:
 
+        score = w'z b + w'C[:, seen] R^-1 (residuals of the seen), variance = w'C w - w'C[:, seen] R^-1 C[seen, :] w.
 
-def _known(bank: ItemBank, parents: Sequence[str]) -> Floats:
-    """What is known of each item before it is asked, `(n, 6)`."""
-    own = np.stack([bank.row(name) for name in parents]) if parents else bank.answers
-    columns = (
-        np.ones(len(bank.items)), bank.answers[0], own.mean(axis=0), own.min(axis=0), own.max(axis=0),
-        bank.answers.mean(axis=0),
-    )  # fmt: skip
-    return np.stack(columns, axis=1)
+    Simple kriging, or a Gaussian process whose kernel is learnt from the catalogue; its items are chosen so that this
+    variance is least (`choosing.design`). A bank of fewer than `residuals.FEWEST` merges is answered by `FromParents`.
+    """
 
+    name: str = "from past merges"
+    how: str = "optimal"
 
-def _variances(
-    bank: ItemBank, w: Floats, b: Floats, past: Sequence[str], about: dict[str, Floats]
-) -> tuple[float, float]:
-    """Over past merges: variance of the mean residual, and mean variance of residuals within a merge."""
-    if len(past) < 2:
-        return 0.0, 0.0
-    means: list[float] = []
-    within: list[float] = []
-    for name in past:
-        residual = bank.row(name) - about[name] @ b
-        mean = float(w @ residual)
-        means.append(mean)
-        within.append(float(w @ (residual - mean) ** 2))
-    return float(np.mean(np.square(means))), float(np.mean(within))
+    def learn(self, bank: ItemBank) -> Callable[[Ints, Floats, Sequence[str]], Estimate]:
+        """Coefficients and covariance of the bank's merges."""
+        prior = fit_prior(bank)
+        if len(prior.residuals) < FEWEST:
+            return FromParents().learn(bank)
+        w, covariance = prior.weights, prior.covariance()
+        with_mean = covariance @ w
+        whole = float(w @ with_mean)
+
+        def estimate(seen: Ints, answers: Floats, parents: Sequence[str]) -> Estimate:
+            expected = prior.expected(parents)
+            share = np.linalg.solve(covariance[np.ix_(seen, seen)], with_mean[seen])
+            value = float(w @ expected) + float(share @ (answers - expected[seen]))
+            return Estimate(value=value, stderr=float(np.sqrt(max(whole - float(share @ with_mean[seen]), 0.0))))
+
+        return estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,4 +201,6 @@ def standard() -> tuple[Estimator, ...]:
         PIrt(name="gmp-IRT", held=True, mixed=True),
         FromParents(name="from the parents, random subset", how="random"),
         FromParents(),
+        FromMerges(name="from past merges, random subset", how="random"),
+        FromMerges(),
     )
