@@ -1,7 +1,6 @@
 """`simmerge evaluate`: scores of checkpoints and recipes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +21,7 @@ from simmerge.cli.merging import read_recipe_file
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+    from simmerge.evaluate.statistics import McNemar
     from simmerge.evaluate.tasks import Task
     from simmerge.pipeline.evaluating import Evaluation
     from simmerge.pipeline.pairing import Paired
@@ -145,7 +145,7 @@ def _plain(
     compared = [
         {"subject": p.subject, "against": p.against, "task": p.task, "difference": p.difference.difference,
          "low": p.difference.low, "high": p.difference.high, "level": p.difference.level,
-         "items": p.difference.items, "mcnemar": None if p.test is None else asdict(p.test)}
+         "items": p.difference.items, "mcnemar": None if p.test is None else _test(p.test)}
         for p in pairs
     ]  # fmt: skip
     failed = [
@@ -159,6 +159,10 @@ def _plain(
         "scores": scores, "comparisons": compared, "failed": failed, "warnings": list(warnings),
         "answered": sum(one.answered for one in {one.subject.key: one for one in found}.values()),
     }  # fmt: skip
+
+
+def _test(test: "McNemar") -> dict[str, Any]:
+    return {"subject_only": test.first_only, "against_only": test.second_only, "p_value": test.p_value}
 
 
 def _print(found: "Sequence[Evaluation]", tasks: "Sequence[Task]", pairs: "Sequence[Paired]", split: str) -> None:

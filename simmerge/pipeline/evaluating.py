@@ -128,20 +128,11 @@ def evaluate(
     chosen = checked_tasks(project, tasks, split, items)
     wanted = subjects_of(project, subjects)
     texts = project.probes(probes) if any(_measures(subject) for subject in wanted) else None
-    found: dict[str, Evaluation] = {}
-    jobs: list[EvaluationJob] = []
-    for subject in wanted:
-        if subject.key in found:
-            continue  # the same weights under another name
-        whole = EvaluationJob(
-            workspace=str(project.workspace.root), subject=subject, tasks=chosen, missing=(), split=split, items=items,
-            device=device, probes=texts if _measures(subject) else None,
-        )  # fmt: skip
-        known = _known(project.ledger, whole)
-        found[subject.key] = Evaluation(subject=subject, scores=known)
-        missing = tuple(task.name for task in chosen if task.name not in known)
-        if missing:
-            jobs.append(replace(whole, missing=missing))
+    plan = EvaluationJob(
+        workspace=str(project.workspace.root.resolve()), subject=wanted[0], tasks=chosen, missing=(), split=split,
+        items=items, device=device, probes=texts,
+    )  # fmt: skip
+    found, jobs = _planned(project.ledger, plan, wanted)
     _tell(progress, wanted, [key for key in found if all(job.subject.key != key for job in jobs)])
     beside = min(workers, len(jobs))
     if executor is None and beside < 2:
@@ -157,6 +148,24 @@ def evaluate(
     finally:
         forget()
     return tuple(replace(found[subject.key], subject=subject) for subject in wanted)
+
+
+def _planned(
+    ledger: Ledger, plan: EvaluationJob, wanted: Sequence[Subject]
+) -> tuple[dict[str, Evaluation], list[EvaluationJob]]:
+    """What the ledger has, by the subject's key, and jobs like `plan` for the rest."""
+    found: dict[str, Evaluation] = {}
+    jobs: list[EvaluationJob] = []
+    for subject in wanted:
+        if subject.key in found:
+            continue  # the same weights under another name
+        job = replace(plan, subject=subject, probes=plan.probes if _measures(subject) else None)
+        known = _known(ledger, job)
+        found[subject.key] = Evaluation(subject=subject, scores=known)
+        missing = tuple(task.name for task in plan.tasks if task.name not in known)
+        if missing:
+            jobs.append(replace(job, missing=missing))
+    return found, jobs
 
 
 def told(failed: Sequence[Evaluation], subjects: int, *, traces: bool = True) -> str:
