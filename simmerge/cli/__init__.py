@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from simmerge.cli import bench, catalog, demo, merging, operators, predicting, recipes, surrogates, tasks
+from simmerge.cli import bench, catalog, demo, evaluating, merging, operators, predicting, recipes, surrogates, tasks
 from simmerge.cli.common import console
 from simmerge.errors import SimMergeError
 
@@ -28,6 +28,7 @@ app.add_typer(bench.app, name="bench")
 demo.register(app)
 predicting.register(app)
 merging.register(app)
+evaluating.register(app)
 recipes.register(app)
 
 

@@ -45,12 +45,12 @@ def offline() -> None:
 
 
 @contextmanager
-def opened(workspace: Path) -> "Generator[Project]":
-    """The project of a workspace, made if it is not there, closed at the end."""
+def opened(workspace: Path, *, create: bool = True) -> "Generator[Project]":
+    """The project of a workspace, closed at the end; made if it is not there and `create` is true."""
     offline()
     from simmerge.pipeline.project import Project
 
-    with Project(workspace) as project:
+    with Project(workspace, create=create) as project:
         yield project
 
 

@@ -1,7 +1,7 @@
-"""`simmerge merge`, `evaluate` and `report`."""
+"""`simmerge merge` and `report`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,7 +9,6 @@ from simmerge.cli.common import (
     DEFAULT_WORKSPACE,
     JsonOption,
     WorkspaceOption,
-    bar,
     console,
     example,
     opened,
@@ -73,44 +72,6 @@ def merge(
         console().print(f"wrote {result.path} ({result.stored_bytes:,} bytes), recipe {result.recipe_id}")
 
 
-def evaluate(
-    subjects: Annotated[list[str], typer.Argument(help="Names of checkpoints, or recipe files (.yaml).")],
-    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Task; repeat for more. Default all.")] = None,
-    split: Annotated[str, typer.Option("--split", help="search, select or report.")] = "select",
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    as_json: JsonOption = False,
-) -> None:
-    """Score checkpoints or recipes on tasks; what the ledger holds is not measured again."""
-    from simmerge.errors import UnknownNameError
-    from simmerge.evaluate.results import audit
-    from simmerge.types import SPLITS
-
-    if split not in SPLITS:
-        raise UnknownNameError("split", split, SPLITS)
-    models = [read_recipe_file(Path(s)) if s.endswith((".yaml", ".yml")) else s for s in subjects]
-    rows: list[dict[str, Any]] = []
-    warnings: list[str] = []
-    with opened(workspace) as project, bar("models", len(models), as_json) as step:
-        for name, model in zip(subjects, models, strict=True):
-            scores = project.evaluate([model], task, split)[0]
-            warnings += audit(name, scores.values())
-            for score in scores.values():
-                rows.append({"model": name, "task": score.task, "split": split, "score": score.value,
-                             "stderr": score.stderr, "items": score.items, **dict(score.extra)})  # fmt: skip
-            step(name)
-    for warning in warnings:
-        typer.echo(f"warning: {warning}", err=True)
-    if as_json:
-        print_json(rows)
-        return
-    from rich.table import Table
-
-    table = Table("model", "task", "score", "± stderr", "items")
-    for r in rows:
-        table.add_row(r["model"], r["task"], f"{r['score']:.4f}", f"{r['stderr']:.4f}", str(r["items"]))
-    console().print(table)
-
-
 def report(
     run: Annotated[str | None, typer.Argument(help="Recipe id of an answer; the latest by default.")] = None,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
@@ -142,7 +103,4 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=example("simmerge merge recipe.yaml merged/", "simmerge merge mergekit.yaml out/ --shard-size 2")
     )(merge)
-    app.command(epilog=example("simmerge evaluate german code -t text_german", "simmerge evaluate recipe.yaml"))(
-        evaluate
-    )
     app.command(epilog=example("simmerge report", "simmerge report 0123456789abcdef"))(report)

@@ -84,6 +84,15 @@ class LmEvalEvaluator:
         """What else a live model's score depends on, for the ledger's `settings`; `backends` has those of others."""
         return f"lm-eval {VERSION}"
 
+    def items(self, task: str, split: str) -> tuple[str, ...]:
+        """Names of a split's items, in the task's order.
+
+        Raises:
+            UnknownNameError: no task of that name.
+            EvaluationError: it lacks the split, was changed since it was loaded, or is refused by lm-eval.
+        """
+        return self._split(task, split).names
+
     def score(
         self,
         model: Any,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -67,7 +67,34 @@ def choice_nll(loglikelihoods: Sequence[float], gold: int) -> float:
     return float(math.log(float(np.sum(np.exp(shifted)))) - shifted[gold])
 
 
-def mean_extras(measured: Sequence[Measured]) -> dict[str, float]:
+def first_items(score: Score, items: int) -> Score | None:
+    """The score of a split's first items, as a score of the whole split tells it; None if that was kept without items.
+
+    `extra` has the means of what every item has; counts of what was cut follow only where nothing was.
+
+    Args:
+        score: of the whole split.
+        items: how many, at least 1 and at most as many as the split has.
+    """
+    if items == score.items:
+        return score
+    part = score.per_item[:items]
+    if len(part) < items:
+        return None
+    values, weights = [item.value for item in part], [item.weight for item in part]
+    uncut = {key: 0.0 for key in _CUT if score.extra.get(key) == 0.0}
+    return replace(
+        score,
+        value=weighted_mean(values, weights),
+        stderr=standard_error(values, weights),
+        items=items,
+        seconds=0.0,
+        extra=mean_extras(part) | uncut,
+        per_item=part,
+    )
+
+
+def mean_extras(measured: Sequence[Measured | ItemResult]) -> dict[str, float]:
     """Plain means over items of what every item has in `extra`, by name."""
     names = [name for name in measured[0].extra if all(name in item.extra for item in measured)] if measured else []
     return {name: weighted_mean([item.extra[name] for item in measured]) for name in names}

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from simmerge.errors import UnknownNameError, UsageError
+from simmerge.errors import EvaluationError, UnknownNameError, UsageError
 from simmerge.evaluate.tasks import Task, load_task, load_tasks
 from simmerge.features.defaults import default_probes
 from simmerge.features.probes import ProbeSet, load_probes
@@ -14,6 +14,7 @@ from simmerge.ledger.values import CheckpointEntry
 from simmerge.merge.folder import SHARD_BYTES, MergedFolder, merge_to_folder, refuse_existing
 from simmerge.operators import check_recipe
 from simmerge.pipeline.catalog import Catalog
+from simmerge.pipeline.evaluating import evaluate, told
 from simmerge.pipeline.fingerprints import FingerprintStore
 from simmerge.pipeline.measuring import Measurer
 from simmerge.pipeline.statistics import StatisticsStore, needed
@@ -26,11 +27,15 @@ class Project:
     """One workspace, its ledger open. Use as a context manager.
 
     Args:
-        path: the workspace's folder; made if it does not exist.
+        path: the workspace's folder.
+        create: make it if it does not exist.
+
+    Raises:
+        WorkspaceError: it cannot be used, or does not exist and is not to be made.
     """
 
-    def __init__(self, path: Path | str = ".simmerge") -> None:
-        self.workspace = Workspace.open(path)
+    def __init__(self, path: Path | str = ".simmerge", *, create: bool = True) -> None:
+        self.workspace = Workspace.open(path, create=create)
         self.ledger: SqlLedger = self.workspace.open_ledger()
         self.catalog = Catalog(self.ledger)
 
@@ -98,24 +103,19 @@ class Project:
         return Measurer(self.ledger, sources, tasks, base)
 
     def evaluate(self, subjects: Sequence[str | Recipe], tasks: Sequence[str] | None = None,
-                 split: str = "select", *, probes: Path | str | None = None) -> list[dict[str, Score]]:  # fmt: skip
-        """Scores of checkpoints and recipes by task, in the order of `subjects`."""
-        chosen = self.tasks(tasks)
-        task_names = [task.name for task in chosen]
-        found: list[dict[str, Score]] = []
-        for subject in subjects:
-            names = list(subject.sources()) if isinstance(subject, Recipe) else [subject]
-            base = self.catalog.entry(names[0]).base or names[0]
-            with ExitStack() as stack:
-                opened = self.catalog.sources(list(dict.fromkeys([base, *names, *_bases(subject)])))
-                measurer = Measurer(self.ledger, stack.enter_context(opened), chosen, base)
-                if not isinstance(subject, Recipe):
-                    found.append(measurer.checkpoint(subject, task_names, split))
-                    continue
-                if needed(subject):
-                    measurer.statistics = stack.enter_context(self._statistics(probes))
-                found.append(measurer.recipe(subject, task_names, split))
-        return found
+                 split: str = "select", *, items: int | None = None, workers: int = 1,
+                 probes: Path | str | None = None) -> list[dict[str, Score]]:  # fmt: skip
+        """Scores of checkpoints and recipes by task, in the order of `subjects`; see `simmerge.pipeline.evaluating`.
+
+        Raises:
+            UsageError: as `evaluating.evaluate`.
+            EvaluationError: a subject could not be scored; the others' scores are recorded.
+        """
+        found = evaluate(self, subjects, tasks, split, items=items, workers=workers, probes=probes)
+        failed = [one for one in found if one.failure is not None]
+        if failed:
+            raise EvaluationError(told(failed, len(found)))
+        return [dict(one.scores) for one in found]
 
     def _statistics(self, probes: Path | str | None) -> StatisticsStore:
         return StatisticsStore(self.workspace.root / "statistics", self.probes(probes))
@@ -145,7 +145,3 @@ class Project:
                 recipe, sources, Path(out), evidence=evidence, shard_bytes=shard_bytes, workers=workers,
                 digest=digest, progress=progress,
             )  # fmt: skip
-
-
-def _bases(subject: str | Recipe) -> tuple[str, ...]:
-    return subject.bases() if isinstance(subject, Recipe) else ()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
 from simmerge.cli import app, main
-from simmerge.testing.checkpoints import tiny_llama
+from simmerge.testing.checkpoints import perturb, tiny_llama
 
 
 class Cli:
@@ -83,8 +83,8 @@ def test_the_main_path(filled: Cli, family: Path, tmp_path: Path) -> None:
     assert len(found["evaluated"]) == 2
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert Path(found["report"]).is_file()
-    scores = filled.json("evaluate", tmp_path / "out" / "recipe.yaml", "-t", "text_one")
-    assert scores[0]["items"] == 6
+    scored = filled.json("evaluate", tmp_path / "out" / "recipe.yaml", "-t", "text_one")
+    assert scored["scores"][0]["items"] == 6
     again = filled.json("merge", tmp_path / "out" / "recipe.yaml", tmp_path / "again")
     assert again["recipe_id"] == found["answer"]["recipe_id"]
     assert filled.json("report")["report"] == found["report"]
@@ -195,12 +195,66 @@ def test_usage_errors_exit_two(filled: Cli, family: Path, tmp_path: Path) -> Non
         (("rank", "a", "b", "-o", "tie", *probes), "Did you mean 'ties'"),
         (("search", "a", "b", "--budget", "0", *probes), "at least one"),
         (("evaluate", "a", "--split", "selekt"), "Did you mean 'select'"),
+        (("evaluate", "aa"), "unknown checkpoint 'aa'"),
+        (("evaluate", str(family)), "is a folder; add it with"),
+        (("evaluate", "none.yaml"), "no recipe at"),
+        (("evaluate", "a", "--items", "0"), "--items"),
+        (("evaluate", "a", "--items", "7"), "has 6 items, fewer than the 7 asked"),
+        (("evaluate", "a", "--workers", "0"), "--workers"),
+        (("evaluate", "a", "--device", "tpu"), "unknown device 'tpu'"),
+        (("evaluate", "a", "--per-item", str(tmp_path)), "is a folder"),
         (("merge", str(tmp_path / "none.yaml"), str(tmp_path / "o")), "no recipe at"),
         (("search", "a"), "merge of 2"),
         (("nonsense",), "nonsense"),
     ):
         given = arguments if arguments != ("search", "a") else ("search", "a", *probes)
         assert said in " ".join(filled(*given, code=2)[1].split())
+
+
+def test_evaluate_prints_scores_comparisons_and_items(filled: Cli, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("merge_method: linear\nmodels: [{model: a}, {model: b}]\n")
+    items = tmp_path / "items.jsonl"
+    asked = ("evaluate", "a", tmp_path / "recipe.yaml", "-t", "text_one", "--per-item", items)
+    found = filled.json(*asked)
+    assert list(found) == ["split", "tasks", "scores", "comparisons", "failed", "warnings", "answered"]
+    assert found["answered"] == 12
+    assert found["tasks"] == [{"task": "text_one", "unit": "bits per byte", "sign": -1, "chance": None}]
+    assert [s["subject"] for s in found["scores"]] == ["a", str(tmp_path / "recipe.yaml")]
+    assert {"id", "task", "split", "score", "stderr", "items", "metrics"} < set(found["scores"][0])
+    [pair] = found["comparisons"]
+    assert (pair["against"], pair["mcnemar"], pair["items"]) == ("a", None, 6)
+    assert pair["low"] <= pair["difference"] <= pair["high"]
+    rows = [json.loads(line) for line in items.read_text().splitlines()]
+    assert len(rows) == 12
+    assert {"subject", "id", "task", "split", "item", "value", "weight", "nll"} == set(rows[0])
+    out, _ = filled(*asked)
+    assert "minus bits per byte" in out
+    assert "0 items answered now, 12 read from the ledger" in out
+    one = filled.json("evaluate", "all", "--items", "1")
+    assert len(one["scores"]) == 12
+    assert one["scores"][0]["stderr"] is None
+
+
+def test_evaluate_warns_of_looks_at_the_report_split(filled: Cli) -> None:
+    _, err = filled("evaluate", "a", "--split", "report")
+    assert "warning: the report split is for final answers" in err
+
+
+def test_evaluate_names_who_failed_and_scores_the_others(filled: Cli, family: Path, tmp_path: Path) -> None:
+    perturb(family / "base", tmp_path / "bad", seed=77, scale=0.05)
+    filled("catalog", "add", tmp_path / "bad", "--base", "base")
+    shutil.rmtree(tmp_path / "bad")
+    out, err = filled("evaluate", "bad", "a", "--json", code=1)
+    found = json.loads(out)
+    assert [s["subject"] for s in found["scores"]] == ["a", "a"]
+    assert [f["subject"] for f in found["failed"]] == ["bad"]
+    assert err.count("error:") == 1
+    assert "'bad': " in err
+
+
+def test_evaluate_makes_no_workspace(cli: Cli) -> None:
+    assert "no workspace at" in cli("evaluate", "a", code=1)[1]
+    assert not cli.workspace.exists()
 
 
 def test_an_empty_catalog_is_said(cli: Cli) -> None:
