@@ -95,13 +95,15 @@ def refuse_config(name: str, config: Mapping[str, Any], metrics: Collection[str]
     if not name.isprintable() or not name.strip():
         raise cannot(name.encode("unicode_escape").decode(), "its name must be printable", name)
     if config.get("class") is not None:
-        raise cannot(name, "it must be a YAML alone, and is a Python class", config["class"])
+        raise cannot(name, "it must be a YAML alone, and is a Python class", config["class"],
+                     "choose another task")  # fmt: skip
     output_type = config.get("output_type", "generate_until")
     if output_type not in OUTPUT_TYPES:
         raise cannot(name, f"output_type must be one of {', '.join(OUTPUT_TYPES)}", output_type)
     if config.get("process_results") is not None:
-        raise cannot(name, "its answers must be judged by lm-eval's metrics alone, and not by its own "
-                     "process_results", config["process_results"])  # fmt: skip
+        raise cannot(name, "its answers must be judged by lm-eval's metrics alone, and not by its own process_results",
+                     config["process_results"], "to score by lm-eval's metrics all the same, import a YAML of your "
+                     "own that includes it and has 'process_results: null'")  # fmt: skip
     for key in ("doc_to_image", "doc_to_audio"):
         if config.get(key):
             raise cannot(name, f"its items must be text alone, and it has {key}", config[key], "choose another task")

@@ -162,8 +162,7 @@ def import_one(planned: _Planned, planner: _Planner, asked: Mapping[str, Any], f
     np.random.seed(1234)  # noqa: NPY002
     torch.manual_seed(1234)
     config = planner.read(planned)
-    metrics = _refused_before_reading(name, config, asked)
-    score = score_metric(name, metrics)
+    metrics, score = refused_before_reading(name, config, asked)
     path = None if planned.entry is None else planned.entry.yaml_path
     shipped = path is not None and path.resolve().is_relative_to(_SHIPPED.resolve())
     cast(Any, lm_eval.utils).env = _TEMPLATES if shipped or asked["trust_code"] else _sandbox()
@@ -193,8 +192,14 @@ def _sandbox() -> Any:
     return shared
 
 
-def _refused_before_reading(name: str, config: dict[str, Any], asked: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Check all that the YAML tells, settle its few-shot examples, and give its metrics."""
+def refused_before_reading(
+    name: str, config: dict[str, Any], asked: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], str]:
+    """Check all that the YAML tells, settle its few-shot examples in it, and give its metrics and the score's.
+
+    Raises:
+        EvaluationError: it cannot be imported, whatever its data are.
+    """
     refuse_config(name, config, METRIC_REGISTRY.keys())
     config["num_fewshot"] = fewshot_of(name, config, asked["fewshot"])
     kwargs = config.get("generation_kwargs")
@@ -202,13 +207,12 @@ def _refused_before_reading(name: str, config: dict[str, Any], asked: Mapping[st
         raise cannot(name, "its answers must be the model's first choice, and are drawn at random (do_sample, or a "
                      "temperature above 0)", kwargs)  # fmt: skip
     names = {function: key for key, function in AGGREGATION_REGISTRY.items()}
-    return plain_metrics(
-        name,
-        config,
-        DEFAULT_METRIC_REGISTRY,
-        lambda m: names.get(cast(Any, get_metric_aggregation(m))),
-        is_higher_better,
-    )
+
+    def aggregation_of(metric: str) -> str | None:
+        return names.get(cast(Any, get_metric_aggregation(metric)))
+
+    metrics = plain_metrics(name, config, DEFAULT_METRIC_REGISTRY, aggregation_of, is_higher_better)
+    return metrics, score_metric(name, metrics)
 
 
 def _written_rows(name: str, rows: Sequence[Row]) -> tuple[str, list[Row]]:

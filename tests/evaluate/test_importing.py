@@ -1,5 +1,6 @@
 """Imported tasks: scores equal lm-eval's of the original, item by item; what cannot be imported is said."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from simmerge.evaluate.tasks import load_task
 import lm_eval  # isort: skip
 from lm_eval.models.huggingface import HFLM  # isort: skip
 from lm_eval.tasks import TaskManager  # isort: skip
+from lm_eval.tasks._yaml_loader import load_yaml  # isort: skip
 
 ROOT = Path(__file__).parents[2]
 EVALUATE: Any = lm_eval.evaluate
@@ -233,6 +235,72 @@ def test_code_is_not_run_unless_trusted(own: Path, tmp_path: Path) -> None:
     assert "SecurityError" in done.failed["bad_template"]
     assert "there is no such file" in done.failed[str(own / "none.yaml")]
     assert not marker.exists()
+
+
+SHIPPED_LIKE = {
+    "winogrande/default": lambda i: {
+        "sentence": f"The {i} did not fit the box because the _ was too big.",
+        "option1": f"thing {i}", "option2": "box", "answer": str(1 + i % 2),
+    },
+    "hellaswag/hellaswag": lambda i: {
+        "activity_label": "Cooking", "ctx_a": f"A man has {i} eggs.", "ctx_b": "he",
+        "endings": ["eats [title] them", "runs", "sings", "flies"], "label": str(i % 4),
+    },
+    "gsm8k/gsm8k": lambda i: {"question": f"What is {i} + 2?", "answer": f"It is.\n#### {i + 2}"},
+}  # fmt: skip
+
+
+def test_lm_evals_own_functions_are_trusted(tmp_path: Path) -> None:
+    """Its own YAMLs, over a few rows in the form of their data."""
+    shipped = Path(lm_eval.__file__).parent / "tasks"
+    paths: list[str] = []
+    for like, row in SHIPPED_LIKE.items():
+        name = like.split("/")[0]
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row(i)) + "\n" for i in range(16)), encoding="utf-8")
+        files = {split: str(data) for split in ("train", "validation", "test")}
+        config = {
+            "include": str(shipped / f"{like}.yaml"),
+            "task": f"local_{name}",
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(tmp_path / "cache")},
+        }
+        paths.append(str(tmp_path / f"{name}.yaml"))
+        Path(paths[-1]).write_text(yaml.safe_dump(config), encoding="utf-8")
+    done = import_tasks(paths, tmp_path / "out")
+    assert done.failed == {}
+    rows = {
+        one.task.name: json.loads(one.task.path.with_suffix(".jsonl").read_text("utf-8").splitlines()[1])
+        for one in done.imported
+    }
+    assert rows["local_winogrande"] == {
+        "choices": ["The 1 did not fit the box because the thing 1", "The 1 did not fit the box because the box"],
+        "target": 1,
+        "before": "",
+        "continuation": "was too big.",
+    }
+    assert rows["local_hellaswag"]["context"] == "Cooking: A man has 1 eggs. He"
+    assert rows["local_gsm8k"]["context"].count("Question: ") == 6  # five examples, as its YAML says
+    assert rows["local_gsm8k"]["target"].endswith("#### 3")
+    assert done.imported[2].task.path.read_text("utf-8").count("function: regex") == 2
+
+
+@pytest.mark.slow
+def test_most_of_lm_evals_tasks_pass_by_their_yaml() -> None:
+    from simmerge.errors import EvaluationError
+    from simmerge.evaluate import lm_eval_import
+
+    passed: list[str] = []
+    manager = TaskManager()
+    for name in manager.all_subtasks:
+        path = manager.task_index[name].yaml_path
+        with contextlib.suppress(EvaluationError):
+            config = load_yaml(str(path), resolve_func=False)
+            lm_eval_import.refused_before_reading(name, config, {"fewshot": None})
+            passed.append(name)
+    assert len(passed) > 0.75 * len(manager.all_subtasks)
+    assert {"arc_easy", "hellaswag", "winogrande", "gsm8k", "mmlu_anatomy", "lambada_openai", "piqa"} <= {*passed}
 
 
 def test_hub_data_are_not_read_offline(own: Path, tmp_path: Path) -> None:
