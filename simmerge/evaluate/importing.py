@@ -90,16 +90,8 @@ def import_tasks(
         RangeError: a negative number of examples, or a limit below 1.
         EvaluationError: lm-eval's process ended before it said which tasks there are.
     """
-    if not names:
-        raise UsageError("name at least one task of lm-eval, or the path of its YAML")
-    if (fewshot is not None and fewshot < 0) or (limit is not None and limit < 1):
-        raise RangeError(f"fewshot must be at least 0 and limit at least 1, got {fewshot} and {limit}")
-    for folder in map(Path, include):
-        if not folder.is_dir():
-            raise UsageError(f"'{folder}' must be a folder of lm-eval YAMLs; there is no such folder")
     target = Path(out)
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"'{target}' must be a folder, and is a file; choose another name")
+    _refuse_request(names, target, include, fewshot, limit)
     request = {
         "names": list(dict.fromkeys(names)),
         "include": [str(folder) for folder in include],
@@ -113,6 +105,20 @@ def import_tasks(
         contextlib.closing(_events({**request, "folder": staging})) as events,
     ):
         return _collected(events, target, force, told or _say_nothing)
+
+
+def _refuse_request(
+    names: Sequence[str], target: Path, include: Sequence[str | Path], fewshot: int | None, limit: int | None
+) -> None:
+    if not names:
+        raise UsageError("name at least one task of lm-eval, or the path of its YAML")
+    if (fewshot is not None and fewshot < 0) or (limit is not None and limit < 1):
+        raise RangeError(f"fewshot must be at least 0 and limit at least 1, got {fewshot} and {limit}")
+    for folder in map(Path, include):
+        if not folder.is_dir():
+            raise UsageError(f"'{folder}' must be a folder of lm-eval YAMLs; there is no such folder")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"'{target}' must be a folder, and is a file; choose another name")
 
 
 def _say_nothing(_: str) -> None:
