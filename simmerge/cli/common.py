@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from simmerge.offline import go_offline
+
 if TYPE_CHECKING:
     from simmerge.pipeline.project import Project
 
@@ -39,8 +41,7 @@ def print_json(data: Mapping[str, Any] | list[Any]) -> None:
 
 def offline() -> None:
     """Keep transformers and datasets from asking a hub, and tokenizers from warning about forks."""
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        os.environ.setdefault(name, "1")
+    go_offline()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

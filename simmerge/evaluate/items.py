@@ -16,6 +16,15 @@ Row = dict[str, Any]
 _SHARES = (("report", 0.4), ("select", 0.8), ("search", 1.0))
 
 
+class Table(list[Row]):
+    """Rows in memory with the one thing that lm-eval wants of a data set beyond a list: its columns."""
+
+    @property
+    def features(self) -> dict[str, None]:
+        """The columns, in the order in which rows first have them."""
+        return {key: None for row in self for key in row}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Items:
     """Rows of a task.

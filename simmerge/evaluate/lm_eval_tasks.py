@@ -1,6 +1,7 @@
-"""lm-eval's tasks and tokens, without its loop; only this module and `generation` import lm-eval.
+"""lm-eval's tasks and tokens, without its loop.
 
-A split is compiled to requests once, and its tokens are made once per tokenizer.
+A split is compiled to requests once, and its tokens are made once per tokenizer. Only this module,
+`generation` and `lm_eval_import`, which runs in a process of its own, import lm-eval.
 """
 
 # pyright: basic
@@ -11,28 +12,31 @@ import copy
 import dataclasses
 import io
 import logging
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 from simmerge.errors import EvaluationError
 from simmerge.evaluate.bundle import ItemRequests
-from simmerge.evaluate.items import Items, Row, item_names
+from simmerge.evaluate.items import Items, Row, Table, item_names
 from simmerge.evaluate.judge import CompiledSplit
 from simmerge.evaluate.scorer import TokenRequest
 from simmerge.evaluate.tasks import NLL, Task, load_items, read_config, task_digest
+from simmerge.evaluate.templates import sandboxed
+from simmerge.offline import go_offline
 
 # Tasks and models are local. Without these a mistyped metric would make lm-eval ask the network; they are
 # read when its libraries are imported, so they must come first.
-for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-    os.environ.setdefault(_name, "1")
+go_offline()
 
 import lm_eval  # noqa: E402
+import lm_eval.utils  # noqa: E402
 from lm_eval.api.metrics import bits_per_byte, mean  # noqa: E402
 from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length  # noqa: E402
+
+lm_eval.utils.env = sandboxed(lm_eval.utils.env)
 
 VERSION: str = lm_eval.__version__
 """lm-eval's version; scores of two versions are not mixed."""
@@ -41,14 +45,6 @@ VERSION: str = lm_eval.__version__
 _FEWSHOT_SEED = 1234
 
 _HFLM: Any = HFLM
-
-
-class _Docs(list[Row]):
-    """Items in memory with the one thing that lm-eval wants of a data set beyond a list: its columns."""
-
-    @property
-    def features(self) -> dict[str, None]:
-        return {key: None for row in self for key in row}
 
 
 class _DataTask(ConfigurableTask):
@@ -152,10 +148,10 @@ def _in_memory(config: Mapping[str, Any], items: Items, split: str) -> dict[str,
     return changed
 
 
-def _table(rows: Sequence[Row]) -> _Docs:
+def _table(rows: Sequence[Row]) -> Table:
     # As in a table that lm-eval would read from the file: what a row lacks is None.
     columns = {key: None for row in rows for key in row}
-    return _Docs(columns | copy.deepcopy(row) for row in rows)
+    return Table(columns | copy.deepcopy(row) for row in rows)
 
 
 def _compiled(task: Task, split: str, names: tuple[str, ...], lm_task: Any) -> CompiledSplit:

@@ -61,7 +61,8 @@ _DEFAULT_METRICS = MappingProxyType(
         "generate_until": ("exact_match",),
     }
 )
-_NO_MEAN = ("perplexity", "word_perplexity", "byte_perplexity", "f1", "mcc", "brier_score", "likelihood")
+NO_MEAN = ("perplexity", "word_perplexity", "byte_perplexity", "f1", "mcc", "brier_score", "likelihood")
+"""Metrics of lm-eval that no score can be, whatever aggregates them."""
 _KEYS = ("score", "sign", "unit", "chance", "domain")
 
 
@@ -266,7 +267,7 @@ def _listed(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _metric(name: str, config: Mapping[str, Any], output_type: str, said: object) -> str:
     known = tuple(_listed(config)) or _DEFAULT_METRICS[output_type]
     if said is None:
-        means = [metric for metric in known if metric not in _NO_MEAN]
+        means = [metric for metric in known if metric not in NO_MEAN]
         if not means:
             raise EvaluationError(
                 f"task '{name}': none of its metrics ({', '.join(known)}) is a mean over items; add acc, "
@@ -280,7 +281,7 @@ def _metric(name: str, config: Mapping[str, Any], output_type: str, said: object
         return said
     if plain not in known:
         raise UnknownNameError(f"score metric of task '{name}':", plain, [*known, NLL])
-    if plain in _NO_MEAN:
+    if plain in NO_MEAN:
         raise EvaluationError(
             f"task '{name}': {plain} is not a mean over items, so it has no paired test and no error; "
             f"score by acc, exact_match, bits_per_byte or {NLL} ({plain} is reported beside it)"

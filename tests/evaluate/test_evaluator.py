@@ -158,6 +158,8 @@ def test_evaluators_that_make_no_sense_are_refused(write_task: Write) -> None:
     ("kind", "changes", "message"),
     [
         ("loglikelihood", {"doc_to_text": "{{missing}}"}, "lm-eval cannot use task 't'.*missing"),
+        ("loglikelihood", {"doc_to_text": "{{''.__class__.__mro__}}"}, "lm-eval cannot use task 't'.*unsafe"),
+        ("loglikelihood", {"doc_to_target": "{{context.format.__globals__}}"}, "lm-eval cannot use task 't'.*unsafe"),
         ("loglikelihood", {"no_such_key": 1}, "lm-eval cannot use task 't'.*no_such_key"),
         ("loglikelihood", {"doc_to_target": ""}, "item '.*': cannot make tokens|at least one token each"),
         ("multiple_choice", {"doc_to_target": "{{label + 2}}"}, "must be one of 4 choices or an index below"),
