@@ -61,14 +61,14 @@ def evaluate(
     """
     with opened(workspace, create=False) as project:
         from simmerge.errors import EvaluationError
-        from simmerge.evaluate.device import check_device
+        from simmerge.evaluate.device import device_of
         from simmerge.evaluate.results import audit
         from simmerge.pipeline.evaluating import checked_tasks, told
         from simmerge.pipeline.evaluating import evaluate as score
         from simmerge.pipeline.pairing import against_first
 
         _check_target(per_item)
-        check_device(device)
+        device_of(device)
         tasks = checked_tasks(project, task, split, items)
         wanted = _wanted(project, subjects)
         with bar("models", len(wanted), as_json) as step:

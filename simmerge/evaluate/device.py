@@ -5,18 +5,35 @@ import torch
 from simmerge.errors import UsageError
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that is not here.
-
-    Args:
-        name: 'cpu', 'cuda', or one of several as 'cuda:1'.
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, or the first there is of CUDA, MPS and the processor.
 
     Raises:
-        UsageError: another word, or a device that this machine or this build of torch lacks.
+        UsageError: no such device, or it is not there.
     """
-    kind, colon, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (colon and not number.isdecimal()) or (kind == "cpu" and colon):
-        raise UsageError(f"unknown device {name[:40]!r}; give cpu, cuda, or one of several as cuda:0")
-    there = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
-    if kind == "cuda" and int(number or 0) >= there:
-        raise UsageError(f"device '{name}' is not here: torch finds {there} CUDA device(s); use --device cpu")
+    if name is None:
+        return torch.device(next((kind for kind in ("cuda", "mps") if _count(kind)), "cpu"))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{name[:80]}'; give cpu, cuda, cuda:0, mps or xpu") from None
+    count = _count(device.type)
+    if (device.index or 0) >= count:
+        there = [f"{kind}:{i}" for kind in ("cuda", "mps", "xpu") for i in range(_count(kind))]
+        raise UsageError(f"device '{name}' is not there; there are {', '.join(['cpu', *there])}")
+    return device
+
+
+def _count(kind: str) -> int:
+    """How many devices of one kind there are; 0 for kinds that no model is evaluated on."""
+    match kind:
+        case "cpu":
+            return 1
+        case "cuda":
+            return torch.cuda.device_count() if torch.cuda.is_available() else 0
+        case "mps":
+            return int(torch.backends.mps.is_available())
+        case "xpu":
+            return torch.xpu.device_count() if torch.xpu.is_available() else 0
+        case _:
+            return 0

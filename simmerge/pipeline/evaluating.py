@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, final
 from threadpoolctl import threadpool_limits  # pyright: ignore[reportMissingTypeStubs]  # ships no types
 
 from simmerge.errors import RangeError, UnknownNameError, UsageError
-from simmerge.evaluate.device import check_device
+from simmerge.evaluate.device import device_of
 from simmerge.evaluate.tasks import Task, load_items, read_config
 from simmerge.executor import Executor, Failure, Outcome, SerialExecutor, executor_for
 from simmerge.features.probes import ProbeSet
@@ -124,7 +124,7 @@ def evaluate(
             with fewer items than asked, a number below 1 (RangeError), a device that is not here.
     """
     runner = executor or executor_for(workers)
-    check_device(device)
+    device_of(device)
     chosen = checked_tasks(project, tasks, split, items)
     wanted = subjects_of(project, subjects)
     texts = project.probes(probes) if any(_measures(subject) for subject in wanted) else None

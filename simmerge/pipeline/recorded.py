@@ -72,7 +72,8 @@ def read_rows(path: Path, names: Sequence[str] | None = None) -> TrainingRows:
     if missing:
         raise SurrogateError(f"recorded rows '{path}' lack column '{missing[0]}'; {_NEXT}")
     found = tuple(name for name in table.column_names if name not in _FACTS)
-    said = (table.schema.metadata or {}).get(_KEY, b"").decode()
+    metadata: dict[bytes, bytes] = table.schema.metadata or {}
+    said = metadata.get(_KEY, b"").decode()
     if said != names_digest(found) or (names is not None and found != tuple(names)):
         wanted = names_digest(found if names is None else names)
         raise SurrogateError(f"recorded rows '{path}' have features '{said}', needed are '{wanted}'; {_NEXT}")

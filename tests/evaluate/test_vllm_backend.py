@@ -14,7 +14,8 @@ import torch
 
 from simmerge.errors import CheckpointError, EvaluationError, RangeError, UnknownNameError, UsageError
 from simmerge.evaluate import remembered, vllm_backend
-from simmerge.evaluate.backends import BACKENDS, device_of, open_backend
+from simmerge.evaluate.backends import BACKENDS, open_backend
+from simmerge.evaluate.device import device_of
 from simmerge.evaluate.lm_eval_adapter import LmEvalEvaluator
 from simmerge.evaluate.runners import LiveModel, PlanRunner, runner_of
 from simmerge.evaluate.tasks import load_task

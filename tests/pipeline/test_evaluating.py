@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from simmerge.errors import EvaluationError, RangeError, RecipeError, UnknownNameError, UsageError
-from simmerge.evaluate.device import check_device
+from simmerge.evaluate.device import device_of
 from simmerge.evaluate.results import first_items
 from simmerge.pipeline import evaluating
 from simmerge.pipeline.evaluating import Evaluation, EvaluationJob, evaluate, evaluate_one, told
@@ -245,10 +245,10 @@ def test_a_recorded_recipe_needs_its_checkpoints(project: Project) -> None:
 
 
 def test_a_device_that_is_not_here_is_said() -> None:
-    check_device("cpu")
-    for name, said in (("cuda:99", "not here"), ("cpu:0", "unknown device"), ("cuda:x", "unknown device")):
+    device_of("cpu")
+    for name, said in (("cuda:99", "not there"), ("cpu:1", "not there"), ("cuda:x", "unknown device")):
         with pytest.raises(UsageError, match=said):
-            check_device(name)
+            device_of(name)
 
 
 KILLED = """

@@ -20,7 +20,7 @@ def _rows(count: int = 12, shift: float = 0.0) -> TrainingRows:
     features[2, 1] = np.nan
     pair = [("a", "b"), ("b", "c")]
     return TrainingRows(
-        features=features.astype(np.float32),
+        features=features.astype(np.float32).astype(np.float64),  # what the file can hold
         names=("cosine", "norm", "uses_base"),
         target=rng.normal(size=count),
         weight=rng.uniform(0.5, 1, size=count),
