@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from simmerge.errors import WorkspaceError
-from simmerge.ledger import SqlLedger, open_ledger
+from simmerge.ledger import SqlLedger, migrations, open_ledger
 from simmerge.ledger.migrations import HEAD
 from simmerge.ledger.schema import Base
 from simmerge.testing.ledger_contract import SCORE, LedgerContract
@@ -61,6 +64,35 @@ def test_partial_indexes_of_the_migrations_equal_those_of_the_models(file: Path)
     migrated = sqlite3.connect(file)
     assert migrated.execute(query).fetchall() == models
     migrated.close()
+
+
+def _at(file: Path, revision: str) -> None:
+    """Make a ledger as the version of SimMerge with that newest revision made it."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    engine = sa.create_engine(f"sqlite:///{file}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+    engine.dispose()
+
+
+def test_head_is_the_newest_revision() -> None:
+    assert ScriptDirectory(str(Path(migrations.__file__).parent)).get_current_head() == HEAD
+
+
+def test_a_ledger_of_an_older_version_is_migrated_and_keeps_what_it_holds(file: Path) -> None:
+    _at(file, "0001")
+    older = sqlite3.connect(file)
+    assert older.execute("SELECT name FROM sqlite_master WHERE name = 'answers'").fetchall() == []
+    older.execute("INSERT INTO tasks VALUES (1, 't', 'd', 'p', '{}', 1, 'now')")
+    older.commit()
+    older.close()
+    with open_ledger(file) as ledger:
+        assert [entry.name for entry in ledger.tasks()] == ["t"]
+        ledger.put_answers("subject", "d", {"item": [1.0]}, settings="s")
+        assert ledger.answers("subject", "d", settings="s") == {"item": [1.0]}
 
 
 def test_settings_of_sqlite(file: Path) -> None:
