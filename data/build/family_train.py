@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import experts
-import family_skills
 import family_texts
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ def train_tokenizer(family: Family, cache: Path, work: Path) -> None:
     sample: list[str] = []
     for domain in family.mix:
         if domain == "skills":
-            sample.append(family_skills.text(rng, 30_000))
+            sample.append(family.skill_module().text(rng, 30_000))
             continue
         budget = _SAMPLE
         texts = training_texts(family, cache, domain)
@@ -74,7 +73,7 @@ def stream(family: Family, cache: Path, work: Path, name: str) -> np.ndarray:
         if name.startswith("skills"):
             only = tuple(name.split(":")[1:])
             rng = rng_for(0, family.name, name)
-            texts = [family_skills.text(rng, 400, only) for _ in range(1200 if not only else 300 * len(only))]
+            texts = [family.skill_module().text(rng, 400, only) for _ in range(1200 if not only else 300 * len(only))]
         else:
             texts = training_texts(family, cache, name)
         order = rng_for(0, family.name, "order", name).permutation(len(texts))
