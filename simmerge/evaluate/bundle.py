@@ -84,3 +84,19 @@ def complete(bundled: Bundle, there: NDArray[np.bool_], task: int) -> list[bool]
 
 def _range(item: tuple[tuple[int, int], ...]) -> slice:
     return slice(item[0][0], item[-1][1]) if item else slice(0, 0)
+
+
+def lengths(item: Sequence[Sequence[TokenRequest]], right: int, longest: int) -> dict[str, float]:
+    """How long one item's answer is and whether its context was cut, under the names of `ItemResult.extra`.
+
+    Args:
+        item: requests of each of its instances.
+        right: the instance of the right answer.
+        longest: most tokens of a request's input.
+
+    Returns:
+        `tokens`: of the right answer, of the whole text where that is scored; `truncated`: 1 where a context did not
+        fit, else 0.
+    """
+    cut = any(len(r.context) + len(r.continuation) > longest + 1 for instance in item for r in instance)
+    return {"tokens": float(sum(len(r.continuation) for r in item[right])), "truncated": float(cut)}

@@ -105,6 +105,22 @@ def _fewer(size: int, tokenizer: Any, compiled: CompiledSplit, left: Sequence[An
     return size // 2
 
 
+def lengths_of_text(instance: Any, text: str, tokenizer: Any, longest: int) -> dict[str, float]:
+    """How long an answer is, whether its prompt was cut, and whether it is as long as the task allows.
+
+    Most answers that are that long were not finished. Tokens are counted by encoding the text again, which may differ
+    by one from what the model wrote. See `bundle.lengths` for the names.
+    """
+    context, kwargs = instance.args
+    most = int(normalize_gen_kwargs(kwargs).get("max_gen_toks", 0))
+    tokens = len(tokenizer.encode(text, add_special_tokens=False))
+    return {
+        "tokens": float(tokens),
+        "truncated": float(len(tokenizer.encode(context)) > longest - most),
+        "unfinished": float(0 < most <= tokens),
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One text to continue greedily.

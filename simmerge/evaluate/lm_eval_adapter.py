@@ -13,17 +13,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from simmerge.errors import EvaluationError, RangeError
-from simmerge.evaluate.bundle import Bundle, ItemRequests, answers, bundle
+from simmerge.evaluate.bundle import Bundle, ItemRequests, answers, bundle, lengths
+from simmerge.evaluate.generation import lengths_of_text
 from simmerge.evaluate.judge import CompiledSplit, measure
-from simmerge.evaluate.lm_eval_tasks import (
-    VERSION,
-    compile_split,
-    cut_answers,
-    cut_contexts,
-    tokenised,
-)
+from simmerge.evaluate.lm_eval_tasks import VERSION, compile_split, tokenised
 from simmerge.evaluate.remembered import Answers, Keeper, Window, window
-from simmerge.evaluate.results import mean_extras, score_of
+from simmerge.evaluate.results import counts_of_cut, mean_extras, score_of, with_extras
 from simmerge.evaluate.runners import PlanRunner, runner_of
 from simmerge.evaluate.scorer import Scored
 from simmerge.evaluate.sizes import Sizes
@@ -70,7 +65,7 @@ class LmEvalEvaluator:
         self._sizes = Sizes(batch_tokens, generate_batch)
         self._compiled: dict[tuple[str, str], CompiledSplit] = {}
         self._tokens: dict[tuple[str, int, str, str], tuple[ItemRequests, ...]] = {}
-        self._cuts: dict[tuple[str, int, str, str], list[bool]] = {}
+        self._known_lengths: dict[tuple[str, int, str, str], list[dict[str, float]]] = {}
         self._bundles: OrderedDict[tuple[Any, ...], Bundle] = OrderedDict()
         self._keys: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
@@ -119,8 +114,10 @@ class LmEvalEvaluator:
         Returns:
             One score per task. `per_item[i].value` is in the score's direction, and its weighted mean is
             the score's value. `extra` has all metrics of the task in their own direction, `nll` (nats per
-            item), `choice_nll` (multiple choice), `truncated` (items whose context was cut) and `unfinished`
-            (generated answers as long as the task allows); `results.audit` says what to do about the last two.
+            item), `choice_nll` (multiple choice), `tokens` (mean length of the right answer, the text or what was
+            generated), `truncated` (number of items whose context was cut) and `unfinished` (of generated answers as
+            long as the task allows); `results.audit` says what to do about the last two. `per_item[i].extra` has
+            the same of each item, 1 or 0 where it was cut or not.
 
         Raises:
             UnknownNameError: no task of that name.
@@ -151,18 +148,17 @@ class LmEvalEvaluator:
         scores: list[Score] = []
         for position, (one, items) in enumerate(zip(windows, asked, strict=True)):
             compiled, begun = one.compiled, time.perf_counter()
-            cuts: dict[str, float] = {}
             if compiled.task.output_type == "generate_until":
-                cuts = self._generate(runner, tokenizer, one, items, known)
+                self._generate(runner, tokenizer, one, items, known)
             else:
                 fresh = one.add(self._answers(bundled, scored, position, compiled, items))
                 if known is not None and fresh and len(one.items) < len(compiled.names):
                     known.keep(compiled.task.digest, fresh)
-                cuts = {"truncated": float(self._cut(runner, tokenizer, one))}
             rolling = compiled.task.output_type == "loglikelihood_rolling"
             given = [[pair[0] for pair in one.given[i]] if rolling else one.given[i] for i in one.items]
             measured, extra = measure(compiled, given, start)
-            extra |= mean_extras(measured) | cuts
+            measured = with_extras(measured, self._lengths(runner, tokenizer, one))
+            extra |= mean_extras(measured) | counts_of_cut(measured)
             share = passed * bundled.tokens[position] / whole if whole else 0.0
             seconds = share + time.perf_counter() - begun
             scores.append(score_of(compiled.task, split, measured, seconds=seconds, extra=extra))
@@ -180,16 +176,19 @@ class LmEvalEvaluator:
             self._tokens[one] = tokenised(compiled, runner.config, tokenizer, longest)
         return self._tokens[one]
 
-    def _cut(self, runner: PlanRunner, tokenizer: Any, one: Window) -> int:
-        """How many items have a context that does not fit the model."""
+    def _lengths(self, runner: PlanRunner, tokenizer: Any, one: Window) -> list[dict[str, float]]:
+        """How long each item's answer is, and what was cut, for `ItemResult.extra`."""
+        compiled = one.compiled
+        if compiled.task.output_type == "generate_until":
+            longest = runner.context(tokenizer)
+            return [lengths_of_text(compiled.instances[i][0], one.given[i][0], tokenizer, longest) for i in one.items]
         longest = runner.longest(tokenizer)
-        key = (self._key(tokenizer), longest, one.compiled.task.name, one.compiled.split)
-        if key not in self._cuts:
-            self._cuts[key] = [
-                any(len(r.context) + len(r.continuation) > longest + 1 for instance in item for r in instance)
-                for item in self._requests(runner, tokenizer, one.compiled)
-            ]
-        return sum(self._cuts[key][one.items.start : one.items.stop])
+        key = (self._key(tokenizer), longest, compiled.task.name, compiled.split)
+        if key not in self._known_lengths:
+            found = self._requests(runner, tokenizer, compiled)
+            right = [gold[0] for gold in compiled.gold] or [0] * len(found)
+            self._known_lengths[key] = [lengths(item, k, longest) for item, k in zip(found, right, strict=True)]
+        return self._known_lengths[key][one.items.start : one.items.stop]
 
     def _bundle(
         self, runner: PlanRunner, tokenizer: Any, windows: Sequence[Window], asked: Sequence[tuple[int, ...]]
@@ -232,8 +231,8 @@ class LmEvalEvaluator:
 
     def _generate(
         self, runner: PlanRunner, tokenizer: Any, one: Window, items: Sequence[int], known: Answers | None
-    ) -> dict[str, float]:
-        """Generate what is not known, some prompts at a time, and count what was cut."""
+    ) -> None:
+        """Generate what is not known, some prompts at a time."""
         compiled, first = one.compiled, 0
         while first < len(items):
             batch = self._sizes.prompts(runner.place)
@@ -248,11 +247,6 @@ class LmEvalEvaluator:
                 if known is not None and fresh:
                     known.keep(compiled.task.digest, fresh)
             first += len(part)
-        every = [compiled.instances[i][0] for i in one.items]
-        return {
-            "truncated": float(cut_contexts(runner.context(tokenizer), tokenizer, every)),
-            "unfinished": float(cut_answers(tokenizer, every, [one.given[i][0] for i in one.items])),
-        }
 
     def _key(self, tokenizer: Any) -> str:
         if tokenizer not in self._keys:

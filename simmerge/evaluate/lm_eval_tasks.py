@@ -34,7 +34,7 @@ import lm_eval.utils  # noqa: E402
 from lm_eval.api.metrics import bits_per_byte, mean  # noqa: E402
 from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length  # noqa: E402
+from lm_eval.models.utils import resolve_max_length  # noqa: E402
 
 lm_eval.utils.env = sandboxed(lm_eval.utils.env)
 
@@ -246,28 +246,6 @@ def tokenised(
             rows.append(tuple(dataclasses.replace(request, label=label) for request in recorder.recorded))
         result.append(tuple(rows))
     return tuple(result)
-
-
-def cut_contexts(longest: int, tokenizer: Any, instances: Sequence[Any]) -> int:
-    """How many prompts of `generate_until` are too long for `longest` tokens beside the answer's room."""
-    count = 0
-    for instance in instances:
-        context, kwargs = instance.args
-        room = longest - int(normalize_gen_kwargs(kwargs).get("max_gen_toks", 0))
-        count += len(tokenizer.encode(context)) > room
-    return count
-
-
-def cut_answers(tokenizer: Any, instances: Sequence[Any], texts: Sequence[str]) -> int:
-    """How many texts of `generate_until` are as long as the task allows: most of them were not finished.
-
-    Tokens are counted by encoding the text again, which may differ by one from what the model wrote.
-    """
-    count = 0
-    for instance, text in zip(instances, texts, strict=True):
-        most = int(normalize_gen_kwargs(instance.args[1]).get("max_gen_toks", 0))
-        count += 0 < most <= len(tokenizer.encode(text, add_special_tokens=False))
-    return count
 
 
 def lm_eval_scores(task: Task, split: str, model: Any, tokenizer: Any, batch_size: int) -> list[float]:

@@ -70,7 +70,7 @@ def choice_nll(loglikelihoods: Sequence[float], gold: int) -> float:
 def first_items(score: Score, items: int) -> Score | None:
     """The score of a split's first items, as a score of the whole split tells it; None if that was kept without items.
 
-    `extra` has the means of what every item has; counts of what was cut follow only where nothing was.
+    `extra` has the means of what every item has, and counts of what was cut where every item says it or nothing was.
 
     Args:
         score: of the whole split.
@@ -82,14 +82,14 @@ def first_items(score: Score, items: int) -> Score | None:
     if len(part) < items:
         return None
     values, weights = [item.value for item in part], [item.weight for item in part]
-    uncut = {key: 0.0 for key in _CUT if score.extra.get(key) == 0.0}
+    cut = {key: 0.0 for key in _CUT if score.extra.get(key) == 0.0} | counts_of_cut(part)
     return replace(
         score,
         value=weighted_mean(values, weights),
         stderr=standard_error(values, weights),
         items=items,
         seconds=0.0,
-        extra=mean_extras(part) | uncut,
+        extra=mean_extras(part) | cut,
         per_item=part,
     )
 
@@ -98,6 +98,20 @@ def mean_extras(measured: Sequence[Measured | ItemResult]) -> dict[str, float]:
     """Plain means over items of what every item has in `extra`, by name."""
     names = [name for name in measured[0].extra if all(name in item.extra for item in measured)] if measured else []
     return {name: weighted_mean([item.extra[name] for item in measured]) for name in names}
+
+
+def with_extras(measured: Sequence[Measured], more: Sequence[Mapping[str, float]]) -> list[Measured]:
+    """The same with more in each item's `extra`."""
+    return [replace(item, extra={**item.extra, **own}) for item, own in zip(measured, more, strict=True)]
+
+
+def counts_of_cut(measured: Sequence[Measured | ItemResult]) -> dict[str, float]:
+    """How many items or answers were cut, by kind, where every item says so."""
+    return {
+        key: float(sum(item.extra[key] for item in measured))
+        for key in _CUT
+        if measured and all(key in item.extra for item in measured)
+    }
 
 
 _CUT: Mapping[str, tuple[str, str]] = {

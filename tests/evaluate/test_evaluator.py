@@ -15,7 +15,7 @@ import yaml
 from simmerge.errors import EvaluationError, RangeError, UnknownNameError
 from simmerge.evaluate.lm_eval_adapter import LmEvalEvaluator, tokenizer_key
 from simmerge.evaluate.results import audit, choice_nll
-from simmerge.evaluate.tasks import load_task
+from simmerge.evaluate.tasks import load_items, load_task, read_config
 from simmerge.types import Score
 
 Write = Callable[..., Path]
@@ -225,6 +225,8 @@ def test_answers_as_long_as_the_task_allows_are_counted_and_warned_of(write_task
     short = load_task(write_task("short", "generate_until", generation_kwargs=settings | {"max_gen_toks": 2}))
     found = LmEvalEvaluator([short]).score(*tiny, ["short"], "select")[0]
     assert 0 < found.extra["unfinished"] <= found.items
+    assert found.extra["unfinished"] == sum(item.extra["unfinished"] for item in found.per_item)
+    assert all((item.extra["tokens"] >= 2) == (item.extra["unfinished"] == 1) for item in found.per_item)
     (warning,) = audit("merged", [found])
     assert f"{int(found.extra['unfinished'])} of {found.items} answers" in warning
     assert "'short'" in warning
@@ -237,3 +239,30 @@ def test_contexts_that_were_cut_are_warned_of() -> None:
     assert warning.startswith("task 't', 'm': 4 of 9 items do not fit")
     whole = Score(task="t", split="select", value=0.5, stderr=0.1, items=9, extra={"truncated": 0.0, "unfinished": 0.0})
     assert audit("m", [whole]) == []
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_every_item_says_how_long_it_is_and_whether_it_was_cut(
+    kind: str, write_task: Write, tiny: tuple[Any, Any]
+) -> None:
+    model, tokenizer = tiny
+    task = load_task(write_task("t", kind))
+    whole = LmEvalEvaluator([task]).score(model, tokenizer, ["t"], "select")[0]
+    rows = load_items(task.path, read_config(task.path)).splits["select"]
+    assert whole.extra["truncated"] == 0
+    for item, row in zip(whole.per_item, rows, strict=True):
+        if kind == "loglikelihood_rolling":
+            before, said = "", str(row["text"])
+        else:
+            before = f"{row['number']}: {row['context']}" + (" =" if kind == "loglikelihood" else "")
+            said = str(row["answer"]) if kind == "loglikelihood" else f" {row['choices'][row['label']]}"
+        length = len(tokenizer.encode(before + said)) - len(tokenizer.encode(before))
+        assert item.extra["tokens"] == length
+    kept = model.config.max_position_embeddings
+    try:
+        model.config.max_position_embeddings = 24
+        cut = LmEvalEvaluator([task]).score(model, tokenizer, ["t"], "select")[0]
+    finally:
+        model.config.max_position_embeddings = kept
+    assert cut.extra["truncated"] == sum(item.extra["truncated"] for item in cut.per_item)
+    assert (cut.extra["truncated"] > 0) == (kind != "loglikelihood_rolling")

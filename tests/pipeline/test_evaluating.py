@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,10 @@ def test_first_items_follow_from_a_whole_score() -> None:
     assert (part.value, part.items, len(part.per_item)) == (0.25, 2, 2)
     assert dict(part.extra) == {"unfinished": 0.0}  # whose item was cut is not known
     assert first_items(whole, 3) is whole
+    flagged = replace(whole, per_item=tuple(replace(i, extra={"truncated": float(i.item == "1")}) for i in kept))
+    part = first_items(flagged, 2)
+    assert part is not None
+    assert part.extra["truncated"] == 1.0
     assert first_items(Score(task="t", split="select", value=0.4, stderr=0.3, items=3), 2) is None
 
 
