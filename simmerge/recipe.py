@@ -152,7 +152,8 @@ class Recipe:
     def recipe_id(self, digests: Mapping[str, str]) -> str:
         """First 16 hex digits of SHA-256 over the canonical JSON with every name replaced by its digest.
 
-        What a checkpoint is called does not matter; what it holds does.
+        What a checkpoint is called does not matter; what it holds does. Operators that have given other weights before
+        (`OperatorSpec.revision` above 1) are named with their revision.
 
         Args:
             digests: digest by checkpoint name; must hold every checkpoint that the recipe names.
@@ -165,7 +166,13 @@ class Recipe:
             raise RecipeError(
                 f"recipe names checkpoint '{missing[0]}', whose digest is not known; add it to the catalog"
             )
-        return hashlib.sha256(_canonical(to_dict(self.renamed(digests))).encode()).hexdigest()[:16]
+        from simmerge.operators.table import revised  # whose specs are read from recipes' types
+
+        plain, revisions = to_dict(self.renamed(digests)), revised()
+        used = {step.operator for step in steps(self.root)} & revisions.keys() if revisions else frozenset[str]()
+        if used:
+            plain["revisions"] = {name: revisions[name] for name in sorted(used)}
+        return hashlib.sha256(_canonical(plain).encode()).hexdigest()[:16]
 
     def renamed(self, names: Mapping[str, str]) -> "Recipe":
         """The same recipe with checkpoints called by other names; names not in the mapping stay."""

@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from simmerge.errors import RangeError, RecipeError, UnknownNameError, UsageError
-from simmerge.operators import form, normal_form
+from simmerge.operators import form, normal_form, table
 from simmerge.recipe import (
     Filtered,
     Gradient,
@@ -264,3 +265,30 @@ def test_other_data_are_refused(data, error: type[UsageError], said: str) -> Non
     with pytest.raises(error) as caught:
         from_dict(data)
     assert said in str(caught.value)
+
+
+def test_an_operator_that_gives_other_weights_than_before_gives_other_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = {"a": "1" * 64, "b": "2" * 64, "base": "3" * 64}
+    ties = Recipe(root=step("ties", ["a", "b"], "base"))
+    nested = Recipe(root=step("slerp", [step("ties", ["a", "b"], "base"), "a"]))
+    linear = Recipe(root=step("linear", ["a", "b"]))
+    ids: list[list[str]] = []
+    for revisions in ({}, {"ties": 2}, {"ties": 3}):
+        monkeypatch.setattr("simmerge.operators.table.revised", lambda r=revisions: r)
+        ids.append([recipe.recipe_id(digests) for recipe in (ties, nested, linear)])
+    of_ties, of_nested, of_linear = zip(*ids, strict=True)
+    assert len({*of_ties}) == len({*of_nested}) == 3
+    assert len({*of_linear}) == 1
+
+
+def test_a_revision_is_read_from_the_operators_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = dict(table.operators())
+    specs["ties"] = replace(specs["ties"], revision=2)
+    table.revised.cache_clear()
+    try:
+        assert dict(table.revised()) == {}
+        table.revised.cache_clear()
+        monkeypatch.setattr(table, "operators", lambda: specs)
+        assert dict(table.revised()) == {"ties": 2}
+    finally:
+        table.revised.cache_clear()

@@ -79,6 +79,8 @@ class OperatorSpec:
         peer_defaults: values that mergekit takes where its YAML says nothing, where they differ from ours; reading
             YAML takes them too, so that one file means one merge.
         traits: further numbers in [0, 1] that describe it to surrogate and bandit, beside those derived above.
+        revision: raised when the same recipe gives other weights than before, beyond rounding; it is a part of the ids
+            of recipes that use the operator, so that scores of the older weights are not taken for theirs.
     """
 
     name: str
@@ -100,6 +102,7 @@ class OperatorSpec:
     options: tuple[Option, ...] = ()
     peer_defaults: Mapping[str, float | str] = field(default_factory=lambda: MappingProxyType({}))
     traits: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    revision: int = 1
 
     def load(self) -> "Kernel":
         """Import the kernel; the only place where an operator pulls in torch."""

@@ -57,6 +57,12 @@ def operators() -> Mapping[str, OperatorSpec]:
     return MappingProxyType(table)
 
 
+@cache
+def revised() -> Mapping[str, int]:
+    """Revisions of the operators that have given other weights before, by name; see `OperatorSpec.revision`."""
+    return MappingProxyType({name: spec.revision for name, spec in operators().items() if spec.revision != 1})
+
+
 def operator(name: str) -> OperatorSpec:
     """The operator of that name.
 
