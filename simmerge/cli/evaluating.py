@@ -45,6 +45,9 @@ def evaluate(
     items: Annotated[int | None, typer.Option("--items", min=1, help="Only the first items of the split.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Subjects at the same time.")] = 1,
     device: Annotated[str, typer.Option("--device", help="cpu, or cuda where there is one.")] = "cpu",
+    backend: Annotated[
+        str, typer.Option("--backend", help="transformers, or vllm where it is installed: checkpoints only.")
+    ] = "transformers",
     probes: Annotated[
         Path | None, typer.Option("--probes", help="Texts for operators that run the checkpoints (regmean, fisher).")
     ] = None,
@@ -73,8 +76,9 @@ def evaluate(
         wanted = _wanted(project, subjects)
         with bar("models", len(wanted), as_json) as step:
             found = score(
-                project, wanted, task, split, items=items, workers=workers, device=device, probes=probes, progress=step
-            )
+                project, wanted, task, split, items=items, workers=workers, device=device, backend=backend,
+                probes=probes, progress=step,
+            )  # fmt: skip
     failed = [one for one in found if one.failure is not None]
     warnings = [text for one in found for text in audit(one.subject.label, one.scores.values())]
     warnings += [_FINAL] if split == "report" else []

@@ -9,9 +9,11 @@ from simmerge.errors import EvaluationError, UnknownNameError, UsageError
 from simmerge.evaluate.device import device_of
 from simmerge.evaluate.lm_eval_tasks import VERSION
 from simmerge.evaluate.scorer import out_of_memory
-from simmerge.evaluate.vllm_backend import VllmModel
+from simmerge.evaluate.vllm_backend import VllmModel, vllm_settings
 from simmerge.pipeline.models import load_model, load_tokenizer
 
+TRANSFORMERS = "transformers"
+"""The backend that candidates are scored with, since it takes a live model."""
 Opened = tuple[Any, Any, str]
 """Model and tokenizer for `LmEvalEvaluator.score`, and the ledger's `settings` of its scores."""
 
@@ -26,8 +28,8 @@ def open_backend(name: str, folder: Path, *, device: str | None = None) -> Opene
             processor. vLLM takes None or 'cuda': CUDA_VISIBLE_DEVICES says which.
 
     Returns:
-        Model, tokenizer and `settings`. Scores of two `settings` are not mixed: transformers' is lm-eval's version
-        alone, as in all recorded scores; vLLM's names it with its version and dtype.
+        Model, tokenizer and `settings`. Scores of two `settings` are not mixed: see `live_settings` and
+        `vllm_backend.vllm_settings`.
 
     Raises:
         UnknownNameError: no backend of that name.
@@ -40,6 +42,16 @@ def open_backend(name: str, folder: Path, *, device: str | None = None) -> Opene
     return BACKENDS[name](folder, device)
 
 
+def live_settings(device: str = "cpu") -> str:
+    """What scores of transformers' models are recorded under: lm-eval's version, and the device if it is no processor.
+
+    Args:
+        device: as torch names it; scores of two kinds of device are not mixed, since they round differently.
+    """
+    kind = device.partition(":")[0]
+    return f"lm-eval {VERSION}" + ("" if kind == "cpu" else f", {kind}")
+
+
 def _transformers(folder: Path, device: str | None) -> Opened:
     place = device_of(device)
     model, tokenizer = load_model(str(folder))
@@ -49,7 +61,7 @@ def _transformers(folder: Path, device: str | None) -> Opened:
         if not out_of_memory(error):
             raise
         raise EvaluationError(f"'{folder}' in float32 does not fit into the memory of {place}: {error}") from error
-    return model, tokenizer, f"lm-eval {VERSION}"
+    return model, tokenizer, live_settings(place.type)
 
 
 def _vllm(folder: Path, device: str | None) -> Opened:
@@ -60,6 +72,18 @@ def _vllm(folder: Path, device: str | None) -> Opened:
 
 
 BACKENDS: Mapping[str, Callable[[Path, str | None], Opened]] = MappingProxyType(
-    {"transformers": _transformers, "vllm": _vllm}
+    {TRANSFORMERS: _transformers, "vllm": _vllm}
 )
 """How a folder is opened, by the backend's name."""
+
+
+def backend_settings(name: str, device: str = "cpu") -> str:
+    """What scores of a backend as `open_backend` opens it are recorded under; no model is loaded.
+
+    Raises:
+        UnknownNameError: no backend of that name.
+        EvaluationError: it is not installed.
+    """
+    if name not in BACKENDS:
+        raise UnknownNameError("backend", name, BACKENDS)
+    return live_settings(device) if name == TRANSFORMERS else vllm_settings()

@@ -46,6 +46,16 @@ def _vllm() -> Any:
         ) from error
 
 
+def vllm_settings(dtype: str = "float32", max_model_len: int | None = None) -> str:
+    """What scores of a `VllmModel` with these options are recorded under; no model is loaded.
+
+    Raises:
+        EvaluationError: vLLM is not installed.
+    """
+    length = "" if max_model_len is None else f", {max_model_len} tokens"
+    return f"lm-eval {VERSION}, vllm {_vllm().__version__}, {dtype}{length}"
+
+
 class VllmModel:
     """A checkpoint folder in a `vllm.LLM`, as a `PlanRunner` for `LmEvalEvaluator.score`.
 
@@ -95,9 +105,7 @@ class VllmModel:
         self._folder = folder
         self._config, self._generation = _configs(folder)
         self._vllm = _vllm()
-        self.settings = f"lm-eval {VERSION}, vllm {self._vllm.__version__}, {dtype}"
-        if max_model_len is not None:
-            self.settings += f", {max_model_len} tokens"
+        self.settings = vllm_settings(dtype, max_model_len)
         self._context = max_length(self, None) if max_model_len is None else max_model_len
         try:
             self._llm: Any = self._vllm.LLM(

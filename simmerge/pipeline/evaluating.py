@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, final
 from threadpoolctl import threadpool_limits  # pyright: ignore[reportMissingTypeStubs]  # ships no types
 
 from simmerge.errors import RangeError, UnknownNameError, UsageError
+from simmerge.evaluate.backends import TRANSFORMERS
 from simmerge.evaluate.device import device_of
 from simmerge.evaluate.tasks import Task, load_items, read_config
 from simmerge.executor import Executor, Failure, Outcome, SerialExecutor, executor_for
@@ -61,6 +62,7 @@ class EvaluationJob:
         split: one of `simmerge.types.SPLITS`.
         items: how many of the split's first items; None for all.
         device: where the model runs.
+        backend: what runs it, one of `simmerge.evaluate.backends.BACKENDS`.
         probes: texts for operators that look at activations or gradients; None where none is needed.
         threads: cores that it may use; 0 leaves that as it is.
     """
@@ -72,6 +74,7 @@ class EvaluationJob:
     split: str
     items: int | None = None
     device: str = "cpu"
+    backend: str = TRANSFORMERS
     probes: ProbeSet | None = None
     threads: int = 0
 
@@ -93,6 +96,7 @@ def evaluate(
     items: int | None = None,
     workers: int = 1,
     device: str = "cpu",
+    backend: str = TRANSFORMERS,
     probes: "Path | str | None" = None,
     executor: Executor | None = None,
     progress: Callable[[str], None] | None = None,
@@ -110,7 +114,8 @@ def evaluate(
         split: one of `simmerge.types.SPLITS`; `report` is for final answers.
         items: only the first items of each task's split, at least 1 and at most as many as it has.
         workers: subjects that are scored at the same time, each in a process of its own; with 1, in this process.
-        device: where models run: 'cpu', or 'cuda' where torch finds it.
+        device: where models run: 'cpu', or 'cuda' where torch finds it; vLLM chooses its own.
+        backend: 'transformers', or 'vllm' where it is installed, which reads folders: checkpoints only.
         probes: texts for operators that look at activations or gradients; by default as `Project.probes`.
         executor: where jobs run; by default `workers` processes of this machine.
         progress: called with each subject's label when it is done.
@@ -121,16 +126,21 @@ def evaluate(
 
     Raises:
         UsageError: what is asked cannot be: unknown names (UnknownNameError), no task, a task without the split or
-            with fewer items than asked, a number below 1 (RangeError), a device that is not here.
+            with fewer items than asked, a number below 1 (RangeError), a device that is not here, a recipe for a
+            backend that reads folders.
+        EvaluationError: the backend is not installed.
     """
     runner = executor or executor_for(workers)
     device_of(device)
+    settings_of(device=device, backend=backend)
     chosen = checked_tasks(project, tasks, split, items)
     wanted = subjects_of(project, subjects)
+    if backend != TRANSFORMERS:
+        _refuse_merges(wanted, backend)
     texts = project.probes(probes) if any(_measures(subject) for subject in wanted) else None
     plan = EvaluationJob(
         workspace=str(project.workspace.root.resolve()), subject=wanted[0], tasks=chosen, missing=(), split=split,
-        items=items, device=device, probes=texts,
+        items=items, device=device, backend=backend, probes=texts,
     )  # fmt: skip
     found, jobs = _planned(project.ledger, plan, wanted)
     _tell(progress, wanted, [key for key in found if all(job.subject.key != key for job in jobs)])
@@ -166,6 +176,15 @@ def _planned(
         if missing:
             jobs.append(replace(job, missing=missing))
     return found, jobs
+
+
+def _refuse_merges(wanted: Sequence[Subject], backend: str) -> None:
+    for subject in wanted:
+        if isinstance(subject.model, Recipe):
+            raise UsageError(
+                f"backend '{backend}' reads folders, and '{subject.label}' is a recipe; make its folder with: simmerge "
+                f"merge, add that to the catalog, or use the backend '{TRANSFORMERS}'"
+            )
 
 
 def told(failed: Sequence[Evaluation], subjects: int, *, traces: bool = True) -> str:
@@ -223,7 +242,9 @@ def evaluate_one(job: EvaluationJob) -> Answered:
             stack.enter_context(threadpool_limits(limits=job.threads))
         measurer = _station(job).measurer(job)
         before, model = measurer.spent.items, job.subject.model
-        if isinstance(model, Recipe):
+        if job.backend != TRANSFORMERS:
+            scores = measurer.folder(str(model), job.missing, job.split, backend=job.backend, items=job.items)
+        elif isinstance(model, Recipe):
             rung = "report" if job.split == "report" else "full"
             scores = measurer.recipe(model, job.missing, job.split, rung, items=job.items)
         else:
@@ -276,7 +297,7 @@ _KEPT: list[_Station] = []
 
 
 def _about(job: EvaluationJob) -> tuple[object, ...]:
-    return (job.workspace, job.subject.base, job.device, job.tasks)
+    return (job.workspace, job.subject.base, job.device, job.backend, job.tasks)
 
 
 def _station(job: EvaluationJob) -> _Station:
@@ -295,7 +316,8 @@ def forget() -> None:
 def _known(ledger: Ledger, job: EvaluationJob) -> dict[str, Score]:
     """What the ledger has of a job's scores, by task."""
     model = job.subject.model
-    settings = settings_of(model if isinstance(model, Recipe) else None, device=job.device, probes=job.probes)
+    recipe = model if isinstance(model, Recipe) else None
+    settings = settings_of(recipe, device=job.device, probes=job.probes, backend=job.backend)
     found = {
         task.name: recorded(ledger, job.subject.key, task.digest, job.split, settings=settings, items=job.items)
         for task in job.tasks

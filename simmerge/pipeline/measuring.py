@@ -3,10 +3,10 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from typing import Any
 
 from simmerge.errors import EvaluationError, UsageError
+from simmerge.evaluate.backends import TRANSFORMERS, backend_settings, live_settings, open_backend
 from simmerge.evaluate.lm_eval_adapter import LmEvalEvaluator
 from simmerge.evaluate.results import first_items
 from simmerge.evaluate.tasks import Task
@@ -21,23 +21,26 @@ from simmerge.pipeline.statistics import StatisticsStore, needed
 from simmerge.recipe import Recipe, Slice, steps
 from simmerge.types import Score
 
-SETTINGS = f"lm-eval {version('lm_eval')}"
+SETTINGS = live_settings()
 """What a score depends on beside model, task and split; another version of lm-eval measures anew."""
 
 
-def settings_of(recipe: Recipe | None = None, *, device: str = "cpu", probes: ProbeSet | None = None) -> str:
-    """What a score is recorded under: `SETTINGS`, the device if it is no processor, and the probes of statistics.
+def settings_of(
+    recipe: Recipe | None = None, *, device: str = "cpu", probes: ProbeSet | None = None, backend: str = TRANSFORMERS
+) -> str:
+    """What a score is recorded under: backend and versions, the device if it is no processor, probes of statistics.
 
     Args:
         recipe: the recipe that is scored; None for a checkpoint.
-        device: as torch names it; scores of two kinds of device are not mixed, since they round differently.
+        device: as torch names it.
         probes: texts on which statistics are measured; only looked at if the recipe's operators need any.
+        backend: one of `simmerge.evaluate.backends.BACKENDS`.
 
     Raises:
         UsageError: the recipe needs statistics, and there are no probes.
+        EvaluationError: the backend is not installed.
     """
-    kind = device.partition(":")[0]
-    settings = SETTINGS if kind == "cpu" else f"{SETTINGS}, {kind}"
+    settings = backend_settings(backend, device)
     if recipe is None or not needed(recipe):
         return settings
     if probes is None:
@@ -193,6 +196,25 @@ class Measurer:
         return self._measure(
             self.sources[name].digest, load, tasks, split,
             rung="checkpoint", settings=settings_of(device=self.device), items=items,
+        )  # fmt: skip
+
+    def folder(
+        self, name: str, tasks: Sequence[str], split: str, *, backend: str, items: int | None = None
+    ) -> dict[str, Score]:
+        """Scores of a catalogued checkpoint whose folder another backend opens; the model is kept until the next one.
+
+        Raises:
+            EvaluationError: the backend is not installed or cannot load the folder.
+        """
+
+        def load() -> None:
+            self._live = None  # two would be two models in an accelerator's memory
+            device = None if self.device == "cpu" and backend != TRANSFORMERS else self.device
+            self._live = open_backend(backend, self.sources[name].checkpoint.path, device=device)[:2]
+
+        return self._measure(
+            self.sources[name].digest, load, tasks, split,
+            rung="checkpoint", settings=settings_of(device=self.device, backend=backend), items=items,
         )  # fmt: skip
 
     def recipe(

@@ -24,6 +24,7 @@ from simmerge.pipeline.pairing import against_first
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.subjects import Subject, subject_of, subjects_of
 from simmerge.recipe import Recipe, Slice, Stack, step
+from simmerge.testing import fake_vllm
 from simmerge.testing.checkpoints import perturb
 from simmerge.testing.family import fill
 from simmerge.types import ItemResult, Score
@@ -216,6 +217,8 @@ BAD: list[tuple[list[Any], dict[str, Any], type[Exception], str]] = [
     (["a"], {"items": 7}, RangeError, "split 'select' of task 'text_one' has 6 items, fewer than the 7 asked"),
     (["a"], {"workers": 0}, UsageError, "workers must be at least 1, got 0"),
     (["a"], {"device": "tpu"}, UsageError, "unknown device 'tpu'"),
+    (["a"], {"backend": "vlm"}, UnknownNameError, "unknown backend 'vlm'. Did you mean 'vllm'"),
+    (["a"], {"backend": "vllm"}, EvaluationError, r"pip install 'simmerge\[vllm\]'"),
 ]
 
 
@@ -227,6 +230,22 @@ def test_bad_requests_are_refused_before_a_model_is_loaded(
     monkeypatch.setattr(evaluating, "evaluate_one", refuse)
     with pytest.raises(kind, match=said):
         evaluate(project, asked, **options)
+
+
+def test_vllm_scores_folders_under_settings_of_its_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm.module())
+    live, other = (evaluate(project, ["a", "b"], backend=name) for name in ("transformers", "vllm"))
+    assert [one.answered for one in other] == [ITEMS] * 2
+    for mine, its in zip(live, other, strict=True):
+        for task, score in mine.scores.items():
+            assert its.scores[task].value == pytest.approx(score.value, abs=1e-4)
+    again = evaluate(project, ["b", "a"], backend="vllm")
+    assert [one.answered for one in again] == [0, 0]
+    assert again[1].scores == other[0].scores
+    entries = project.ledger.scores(subject=live[0].subject.key)
+    assert len({(e.score.task, e.settings_digest) for e in entries}) == 4
+    with pytest.raises(UsageError, match=r"backend 'vllm' reads folders, and '.*' is a recipe"):
+        evaluate(project, [RECIPE], backend="vllm")
 
 
 def test_a_task_without_the_split_is_refused(project: Project, family: Path, tmp_path: Path) -> None:
