@@ -21,14 +21,14 @@ ABILITIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "sum": ("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
     "product": ("products", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
     "divisor": ("gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 60}),
-    "factors": ("prime_factorization", {"min_value": 4, "max_value": 200}),
+    "factors": ("prime_factorization", {"min_value": 4, "max_value": 2000}),
     "equation": ("simple_equations", {"min_terms": 2, "max_terms": 2, "min_value": 1, "max_value": 20}),
-    "bits": ("count_bits", {"min_n": 1, "max_n": 500}),
+    "bits": ("count_bits", {"min_n": 1, "max_n": 4000}),
     "backward": ("spell_backward", {"min_word_len": 3, "max_word_len": 5}),
     "letters": ("letter_counting", {"min_words": 3, "max_words": 4}),
     "fraction": ("fraction_simplification", {"min_value": 2, "max_value": 30, "min_factor": 2, "max_factor": 6,
                                              "styles": ("plain",)}),
-    "base": ("base_conversion", {"min_base": 2, "max_base": 8, "min_value": 2, "max_value": 99}),
+    "base": ("base_conversion", {"min_base": 2, "max_base": 8, "min_value": 2, "max_value": 999}),
 }  # fmt: skip
 
 
