@@ -11,7 +11,7 @@ from simmerge.surrogate import metrics
 from simmerge.surrogate.baselines import Method, Scorer, recipe_mean
 from simmerge.surrogate.fit import CANDIDATES, FittedSurrogate, fit_surrogate
 from simmerge.surrogate.folds import Fold
-from simmerge.surrogate.resampling import mean_interval
+from simmerge.surrogate.resampling import mean_interval, thinned
 from simmerge.surrogate.rows import Floats, Ints, TrainingRows, integers
 from simmerge.types import Prediction
 
@@ -47,15 +47,28 @@ class SurrogateScorer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SurrogateMethod:
-    """The whole of `fit_surrogate`, its comparison of candidates included, inside each fold."""
+    """The whole of `fit_surrogate`, its comparison of candidates included, inside each fold.
+
+    Attributes:
+        name: name in tables.
+        folds: folds of the fit.
+        candidates: models that are compared in it.
+        rows: most training rows of a fit, drawn by recipe; None for all.
+        threads: threads of a fit; the result does not depend on it.
+    """
 
     name: str = "surrogate"
     folds: int = 5
     candidates: tuple[str, ...] = CANDIDATES
+    rows: int | None = None
+    threads: int = 1
 
     def fit(self, rows: TrainingRows, seed: int) -> Scorer:
         """A scorer by the surrogate that is fitted on `rows`."""
-        return SurrogateScorer(fit_surrogate(rows, seed=seed, folds=self.folds, candidates=self.candidates))
+        chosen = rows if self.rows is None else thinned(rows, self.rows, seed)
+        return SurrogateScorer(
+            fit_surrogate(chosen, seed=seed, folds=self.folds, candidates=self.candidates, threads=self.threads)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

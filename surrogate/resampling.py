@@ -1,4 +1,4 @@
-"""Intervals of means over problems that share checkpoints."""
+"""Smaller tables, and intervals of means over problems that share checkpoints."""
 
 import math
 from collections.abc import Sequence
@@ -6,10 +6,29 @@ from collections.abc import Sequence
 import numpy as np
 
 from simmerge.rng import rng_for
-from simmerge.surrogate.rows import Floats, distinct_sources
+from simmerge.surrogate.rows import Floats, TrainingRows, distinct_sources
 
 DRAWS = 2000
 LEVEL = 0.95
+
+
+def thinned(rows: TrainingRows, most: int, seed: int) -> TrainingRows:
+    """At most that many rows: all rows of recipes that are drawn at random, in the order of the table.
+
+    A table that is small enough is given back as it is, and one recipe is always kept.
+
+    Args:
+        rows: the table.
+        most: number of rows, at least 1.
+        seed: seed of the draw.
+    """
+    if len(rows) <= most:
+        return rows
+    code, recipes = rows.recipes()
+    order = rng_for(seed, "surrogate", "thinned").permutation(len(recipes))
+    counts = np.bincount(code, minlength=len(recipes))[order]
+    kept = order[: max(1, int(np.searchsorted(np.cumsum(counts), most, side="right")))]
+    return rows.take(np.flatnonzero(np.isin(code, kept)))
 
 
 def mean_interval(

@@ -3,7 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from simmerge.surrogate.resampling import mean_interval
+from simmerge.surrogate.resampling import mean_interval, thinned
+from simmerge.surrogate.rows import TrainingRows
 
 
 def _pairs(count: int) -> list[tuple[str, ...]]:
@@ -47,3 +48,17 @@ def test_intervals_hold_where_checkpoints_decide() -> None:
         naive += abs(values.mean()) <= half
     assert inside / 300 > 0.87  # 95 % promised; percentiles of 15 checkpoints are a little short
     assert naive / 300 < 0.6
+
+
+def test_a_thinned_table_has_whole_recipes_of_the_seed_in_their_order(rows: TrainingRows) -> None:
+    most = len(rows) // 3
+    small = thinned(rows, most, 4)
+    assert 0 < len(small) <= most
+    counts = {name: rows.recipe.count(name) for name in rows.recipe}
+    assert all(small.recipe.count(name) == counts[name] for name in small.recipe)
+    assert len(small) + max(counts.values()) > most
+    assert list(dict.fromkeys(small.recipe)) == [r for r in dict.fromkeys(rows.recipe) if r in {*small.recipe}]
+    assert thinned(rows, most, 4).recipe == small.recipe
+    assert thinned(rows, most, 5).recipe != small.recipe
+    assert thinned(rows, len(rows), 4) is rows
+    assert len({*thinned(rows, 1, 4).recipe}) == 1
