@@ -5,13 +5,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import experts
 import family_skills
 import family_texts
 import table
 import tasks
 import yaml
 from family import Family
-from safetensors.torch import load_file
 
 from simmerge.checkpoint.checkpoint import open_checkpoint, weights_digest
 from simmerge.evaluate.tasks import load_tasks
@@ -126,15 +126,10 @@ def export(family: Family, work: Path, out: Path) -> None:
             {}
             if expert is None
             else {"mix": dict(expert.mix), "rate": expert.rate, "steps": expert.steps, "parent": expert.parent,
-                  "rank": expert.rank, "note": expert.note, "relative_norm": _norm(folder, work / expert.parent)}
+                  "rank": expert.rank, "note": expert.note,
+                  "relative_norm": round(experts.relative_norm(folder, work / expert.parent), 4)}
         )  # fmt: skip
     said = {"family": family.name, "what": family.what, "base": "base", "checkpoints": facts,
             "tasks": {t.name: {"digest": t.digest, "unit": t.unit, "domain": t.domain, "chance": t.chance}
                       for t in made}}  # fmt: skip
     (out / f"{family.name}.json").write_text(json.dumps(said, indent=1) + "\n")
-
-
-def _norm(folder: Path, base: Path) -> float:
-    a, b = load_file(folder / "model.safetensors"), load_file(base / "model.safetensors")
-    delta = sum(float((a[k].double() - b[k].double()).square().sum()) for k in b)
-    return round((delta / sum(float(b[k].double().square().sum()) for k in b)) ** 0.5, 4)

@@ -15,7 +15,7 @@ import torch
 import train
 from family import Expert, Family
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
@@ -41,23 +41,7 @@ def train_tokenizer(family: Family, cache: Path, work: Path) -> None:
             sample.append(texts[k])
             if budget <= 0:
                 break
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        sample,
-        trainers.BpeTrainer(
-            vocab_size=family.vocabulary,
-            special_tokens=["<s>", "</s>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=2 * family.context
-    ).save_pretrained(work / "tokenizer")
+    train.save_tokenizer(sample, family.vocabulary, family.context, work / "tokenizer")
 
 
 def training_texts(family: Family, cache: Path, domain: str) -> list[str]:
@@ -87,16 +71,8 @@ def stream(family: Family, cache: Path, work: Path, name: str) -> np.ndarray:
 def batches(
     family: Family, streams: Mapping[str, np.ndarray], mix: Mapping[str, float], rng: np.random.Generator
 ) -> Iterator[torch.Tensor]:
-    """Endless batches of windows, shape (batch, context), each row from one stream drawn by `mix`."""
-    names = list(mix)
-    weights = np.array([mix[n] for n in names]) / sum(mix.values())
-    while True:
-        rows: list[np.ndarray] = []
-        for k in rng.choice(len(names), size=family.batch, p=weights):
-            tokens = streams[names[k]]
-            start = int(rng.integers(len(tokens) - family.context))
-            rows.append(tokens[start : start + family.context].astype(np.int64))
-        yield torch.from_numpy(np.stack(rows))
+    """Endless batches of the family's windows, shape (batch, context)."""
+    return train.batches(streams, mix, rng, family.batch, family.context)
 
 
 def loss_of(model: Any, rows: torch.Tensor) -> torch.Tensor:

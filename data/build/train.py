@@ -67,19 +67,24 @@ def train_tokenizer(cache: Path, out: Path) -> None:
             sample.append(found[k][:50_000])
             budget -= len(sample[-1])
     sample.append(skill_text(rng, 40_000))
+    save_tokenizer(sample, VOCABULARY, CONTEXT, out)
+
+
+def save_tokenizer(sample: list[str], vocabulary: int, context: int, out: Path) -> None:
+    """Byte-level BPE with single digits, for models that take two windows of `context` tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(sample, trainer)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=2 * CONTEXT
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=2 * context
     ).save_pretrained(out)
 
 
@@ -103,16 +108,16 @@ def stream(cache: Path, tokenizer: Path, domain: str) -> np.ndarray:
 
 
 def batches(streams: Mapping[str, np.ndarray], mix: Mapping[str, float], rng: np.random.Generator,
-            size: int = BATCH) -> Iterator[torch.Tensor]:  # fmt: skip
-    """Endless batches of windows, shape (size, CONTEXT), each row from one domain drawn by `mix`."""
+            size: int = BATCH, context: int = CONTEXT) -> Iterator[torch.Tensor]:  # fmt: skip
+    """Endless batches of windows, shape (size, context), each row from one domain drawn by `mix`."""
     names = list(mix)
     weights = np.array([mix[n] for n in names]) / sum(mix.values())
     while True:
         rows = []
         for k in rng.choice(len(names), size=size, p=weights):
             tokens = streams[names[k]]
-            start = int(rng.integers(len(tokens) - CONTEXT))
-            rows.append(tokens[start : start + CONTEXT].astype(np.int64))
+            start = int(rng.integers(len(tokens) - context))
+            rows.append(tokens[start : start + context].astype(np.int64))
         yield torch.from_numpy(np.stack(rows))
 
 

@@ -52,7 +52,7 @@ def run(
         seed: seed of folds and fits.
         seeds: shuffles of the checkpoints into folds, with the seeds `seed`, `seed + 1`, …
         quick: every fourth recipe and fewer folds: checks that the bench works, not its figures.
-        families: recorded tables, from the smallest models to the largest; keys of `FAMILIES`.
+        families: recorded tables, from the smallest models to the largest; out of `select_rows.FAMILIES`.
         table: past merges of the user's own, instead of recorded tables.
         columns: what its columns are.
 
@@ -74,7 +74,8 @@ def run(
     found: dict[str, Any] = {}
     for split in splits:
         folds = _folds(rows, split, seed, seeds, quick, families)
-        found[split] = {"held_out": SPLITS[split], "folds": len(folds), **_compared(rows, folds, baselines, seed)}
+        methods = _compared(rows, folds, baselines, seed)
+        found[split] = {"held_out": SPLITS[split], "folds": len(folds), "methods": methods}
     command = f"simmerge bench select --seed {seed}"
     command += "".join(f" --family {name}" for name in families) if tuple(families) != ("mini",) else ""
     command += "".join(f" --split {split}" for split in splits) if tuple(splits) != ("checkpoint",) else ""
@@ -121,7 +122,7 @@ def _compared(rows: TrainingRows, folds: Sequence[Fold], baselines: Sequence[Met
         row = asdict(result)
         del row["regrets"]
         methods[result.method] = row
-    return {"methods": methods}
+    return methods
 
 
 def _folds(

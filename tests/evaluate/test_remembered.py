@@ -1,7 +1,7 @@
 """Answers that are known are not asked again, belong to one model, and change no score."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +12,11 @@ from simmerge.errors import EvaluationError
 from simmerge.evaluate import remembered
 from simmerge.evaluate.lm_eval_adapter import LmEvalEvaluator
 from simmerge.evaluate.tasks import Task, load_task
+from simmerge.testing.answers import Memory
 from simmerge.types import Score
 
 Write = Callable[..., Path]
 KINDS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
-
-
-class Memory:
-    """Answers in memory."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, dict[str, Any]] = {}
-
-    def known(self, task_digest: str) -> Mapping[str, list[Any]]:
-        # As they come back from JSON: lists for pairs.
-        return {k: [list(a) if isinstance(a, tuple) else a for a in v] for k, v in self._of(task_digest).items()}
-
-    def keep(self, task_digest: str, found: Mapping[str, list[Any]]) -> None:
-        assert not {*found} & {*self._of(task_digest)}
-        self._of(task_digest).update(found)
-
-    def _of(self, task_digest: str) -> dict[str, Any]:
-        return self.kept.setdefault(task_digest, {})
 
 
 class Counting:

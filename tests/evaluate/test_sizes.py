@@ -1,7 +1,7 @@
 """What runs out of memory is tried with half as much, once for all models of a shape; no score depends on it."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from simmerge.evaluate.sizes import (
     Sizes,
 )
 from simmerge.evaluate.tasks import Task, load_task
+from simmerge.testing.answers import Memory
 from simmerge.types import Score
 
 Write = Callable[..., Path]
@@ -145,21 +146,6 @@ def test_generation_is_tried_with_half_the_prompts(
     assert second.asked == [2, 2, 2, 2, 1]
 
 
-class Memory:
-    """Answers to one task."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, list[Any]] = {}
-
-    def known(self, task_digest: str) -> Mapping[str, list[Any]]:
-        del task_digest
-        return dict(self.kept)
-
-    def keep(self, task_digest: str, found: Mapping[str, list[Any]]) -> None:
-        del task_digest
-        self.kept.update(found)
-
-
 def test_one_prompt_that_does_not_fit_is_named_and_answers_are_kept(write_task: Write, tiny: tuple[Any, Any]) -> None:
     task = load_task(write_task("t", "generate_until"))
     model, tokenizer = tiny
@@ -167,7 +153,7 @@ def test_one_prompt_that_does_not_fit_is_named_and_answers_are_kept(write_task: 
     # Two batches of two are answered, and then there is no memory at all.
     with pytest.raises(EvaluationError, match=r"task 't', item '\w+': .* one prompt of \d+ tokens alone, with up to 6"):
         evaluator.score(Limited(model, answered=2), tokenizer, ["t"], "select", known=memory)
-    assert len(memory.kept) == 4
+    assert len(memory.kept[task.digest]) == 4
     rest = Limited(model)
     found = LmEvalEvaluator([task]).score(rest, tokenizer, ["t"], "select", known=memory)
     assert rest.asked == [1]

@@ -23,6 +23,7 @@ from simmerge.evaluate.vllm_backend import VllmModel
 from simmerge.pipeline.measuring import SETTINGS
 from simmerge.pipeline.models import load_model
 from simmerge.testing import fake_vllm
+from simmerge.testing.answers import Memory
 from simmerge.types import Score
 
 Write = Callable[..., Path]
@@ -124,7 +125,7 @@ def test_texts_end_where_lm_eval_ends_them(
     for one, memory in zip((VllmModel(BASE), model), memories, strict=True):
         LmEvalEvaluator([task]).score(one, tokenizer, ["t"], "select", known=memory)
     assert memories[0].kept == memories[1].kept
-    assert len(memories[0].kept) == 5
+    assert len(memories[0].kept[task.digest]) == 5
 
 
 def test_the_folders_own_generation_is_kept(write_task: Write, folder: Path, vllm: ModuleType) -> None:
@@ -145,21 +146,6 @@ def test_the_folders_own_generation_is_kept(write_task: Write, folder: Path, vll
     (folder / "generation_config.json").unlink()
     assert VllmModel(folder).embeddings == 2048
     assert len(vllm.LLM.opened) == 2
-
-
-class Memory:
-    """Answers to one task."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, list[Any]] = {}
-
-    def known(self, task_digest: str) -> Mapping[str, list[Any]]:
-        del task_digest
-        return dict(self.kept)
-
-    def keep(self, task_digest: str, found: Mapping[str, list[Any]]) -> None:
-        del task_digest
-        self.kept.update(found)
 
 
 def test_what_vllm_is_opened_with(vllm: ModuleType) -> None:
@@ -271,7 +257,7 @@ def test_answers_of_another_shape_are_named(
     memory = Memory()
     with pytest.raises(EvaluationError, match=message):
         LmEvalEvaluator([task]).score(VllmModel(BASE), live[1], ["t"], "select", known=memory)
-    assert not memory.kept
+    assert not any(memory.kept.values())
 
 
 def test_settings_of_generation_that_vllm_lacks_are_named(
@@ -305,7 +291,7 @@ def test_answers_are_kept_while_it_runs(
         answer_with(vllm, stop_at_third, patch)
         with pytest.raises(KeyboardInterrupt):
             LmEvalEvaluator([task]).score(model, live[1], ["t"], "select", known=memory)
-    assert len(memory.kept) == 4
+    assert len(memory.kept[task.digest]) == 4
     vllm.LLM.calls.clear()
     found = LmEvalEvaluator([task]).score(model, live[1], ["t"], "select", known=memory)
     assert vllm.LLM.calls == [1]
