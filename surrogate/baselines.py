@@ -5,9 +5,10 @@ in the order of `TrainingRows.recipes`. Scores need not be in the target's unit.
 targets of the table that it scores.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -16,8 +17,11 @@ from simmerge.rng import rng_for
 from simmerge.surrogate.linear import fit_ridge
 from simmerge.surrogate.rows import Floats, TrainingRows, codes, group_mean, integers
 
+_Group = TypeVar("_Group", bound=Hashable)
 Scorer = Callable[[TrainingRows], Floats]
 """Scores `(recipes,)` of the recipes of a table."""
+LEAST = 3
+"""Problems in which an operator with its coefficients must have been measured to be judged by itself."""
 
 
 class Method(Protocol):
@@ -59,7 +63,9 @@ class BestFixed:
 
     A form's score is the mean of what its rows gain over the mean of their problem on the same task, plus
     the overall mean: the mean target where every problem was measured with every form, and still fair where
-    some forms were only tried on good pairs. Forms outside `operators`, or not seen, come last, all equal.
+    some forms were only tried on good pairs. A form that was seen in fewer than `LEAST` problems, or not at all,
+    as drawn coefficients are, has its operator's score. Operators outside `operators`, or not seen, come last, all
+    equal.
 
     Attributes:
         name: name in tables.
@@ -70,24 +76,40 @@ class BestFixed:
     operators: tuple[str, ...] = ()
 
     def fit(self, rows: TrainingRows, seed: int) -> Scorer:
-        """A scorer that knows the form means of `rows`."""
+        """A scorer that knows the means of `rows`."""
         del seed
-        score = {
-            form: value for form, value in form_means(rows).items() if not self.operators or form[0] in self.operators
-        }
-        last = min(score.values(), default=0.0) - 1.0
-        return lambda table: np.array([score.get(key, last) for key in _recipe_forms(table)])
+        operator = _gains(rows, rows.operator)
+        if self.operators:
+            operator = {name: value for name, value in operator.items() if name in self.operators}
+        problem, problems = rows.problems()
+        seen = Counter(form for _, form in {*zip(problem.tolist(), _forms(rows), strict=True)})
+        form = {key: value for key, value in form_means(rows).items() if seen[key] >= min(LEAST, len(problems))}
+        last = min((*operator.values(), *form.values()), default=0.0) - 1.0
+
+        def score(key: tuple[str, str]) -> float:
+            return form.get(key, operator[key[0]]) if key[0] in operator else last
+
+        return lambda table: np.array([score(key) for key in _recipe_forms(table)])
 
 
 def form_means(rows: TrainingRows) -> dict[tuple[str, str], float]:
     """Score of each (operator, form), see `BestFixed`; a form without weight is left out."""
+    return _gains(rows, _forms(rows))
+
+
+def _forms(rows: TrainingRows) -> list[tuple[str, str]]:
+    return list(zip(rows.operator, rows.form, strict=True))
+
+
+def _gains(rows: TrainingRows, groups: Sequence[_Group]) -> dict[_Group, float]:
+    """Mean of what each group's rows gain over their problem and task, plus the overall mean."""
     problem, _ = rows.problems()
     cell, cells = codes(list(zip(problem.tolist(), rows.task, strict=True)))
     centred = rows.target - group_mean(rows.target, cell, len(cells))[cell]
-    code, forms = codes(list(zip(rows.operator, rows.form, strict=True)))
+    code, distinct = codes(groups)
     overall = float(np.sum(rows.weight * rows.target) / np.sum(rows.weight))
-    means = group_mean(centred, code, len(forms), rows.weight) + overall
-    return {form: float(value) for form, value in zip(forms, means, strict=True) if np.isfinite(value)}
+    means = group_mean(centred, code, len(distinct), rows.weight) + overall
+    return {key: float(value) for key, value in zip(distinct, means, strict=True) if np.isfinite(value)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +164,7 @@ class LinearModel:
 class TaskIdentity:
     """Mean target of each task and form in training: no feature of the checkpoints.
 
-    A task and form that was not seen together falls back to the form's mean, then the task's, then all.
+    What was not seen falls back to the mean of task and operator, of the form, of the operator, of the task, of all.
     """
 
     name: str = "task identity"
@@ -151,14 +173,24 @@ class TaskIdentity:
         """A scorer that knows the means of `rows`."""
         del seed
         overall = float(np.sum(rows.weight * rows.target) / np.sum(rows.weight))
-        forms = list(zip(rows.operator, rows.form, strict=True))
-        both = _means(list(zip(rows.task, forms, strict=True)), rows)
-        form, task = _means(forms, rows), _means(list(rows.task), rows)
+        forms = _forms(rows)
+        keys: tuple[Callable[[str, tuple[str, str]], Hashable], ...] = (
+            lambda task, form: (task, form),
+            lambda task, form: (task, form[0]),
+            lambda _, form: form,
+            lambda _, form: form[0],
+            lambda task, _: task,
+        )
+        means = [_means([key(t, f) for t, f in zip(rows.task, forms, strict=True)], rows) for key in keys]
+
+        def of(task: str, form: tuple[str, str]) -> float:
+            for key, known in zip(keys, means, strict=True):
+                if key(task, form) in known:
+                    return known[key(task, form)]
+            return overall
 
         def score(table: TrainingRows) -> Floats:
-            keys = zip(table.task, zip(table.operator, table.form, strict=True), strict=True)
-            values = [both.get((t, f), form.get(f, task.get(t, overall))) for t, f in keys]
-            return recipe_mean(table, np.array(values))
+            return recipe_mean(table, np.array([of(*key) for key in zip(table.task, _forms(table), strict=True)]))
 
         return score
 
@@ -200,7 +232,7 @@ def without_features() -> tuple[Method, ...]:
     return tuple(method for method in standard("", "") if not isinstance(method, OneFeature))
 
 
-def _means(keys: Sequence[object], rows: TrainingRows) -> dict[object, float]:
+def _means(keys: Sequence[Hashable], rows: TrainingRows) -> dict[Hashable, float]:
     code, distinct = codes(keys)
     means = group_mean(rows.target, code, len(distinct), rows.weight)
     return {key: float(value) for key, value in zip(distinct, means, strict=True) if np.isfinite(value)}

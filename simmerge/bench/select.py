@@ -18,6 +18,7 @@ from simmerge.pipeline.recorded import family_of
 from simmerge.surrogate.baselines import Method, standard, without_features
 from simmerge.surrogate.compare import SurrogateMethod, compare
 from simmerge.surrogate.folds import Fold, checkpoint_folds, leave_operator_out, leave_task_out, smaller_to_larger
+from simmerge.surrogate.resampling import thinned
 from simmerge.surrogate.rows import TrainingRows
 
 SPLITS: Mapping[str, str] = MappingProxyType(
@@ -31,10 +32,10 @@ SPLITS: Mapping[str, str] = MappingProxyType(
 _FOLDS, _QUICK_FOLDS = 5, 3
 ROWS = 20_000
 """Most training rows of one fit of the surrogate: the fits of all folds shall take minutes, not hours."""
+QUICK_ROWS = 6000
 
 
 def run(
-    workspace: Path,
     *,
     splits: Sequence[str] = ("checkpoint",),
     seed: int = 0,
@@ -47,11 +48,10 @@ def run(
     """Compare the surrogate with the baselines.
 
     Args:
-        workspace: folder of the benches; fingerprints are kept in its `select`.
         splits: what is held out, keys of `SPLITS`.
         seed: seed of folds and fits.
         seeds: shuffles of the checkpoints into folds, with the seeds `seed`, `seed + 1`, …
-        quick: every fourth recipe and fewer folds: checks that the bench works, not its figures.
+        quick: few recipes and folds: checks that the bench works, not its figures.
         families: recorded tables, from the smallest models to the largest; out of `select_rows.FAMILIES`.
         table: past merges of the user's own, instead of recorded tables.
         columns: what its columns are.
@@ -67,10 +67,9 @@ def run(
     if table is not None and columns is not None:
         rows, baselines = read_past_merges(table, columns), without_features()
     else:
-        rows, baselines = rows_of(workspace, families), standard("input_task_norm", "pair_task_cosine")
+        rows, baselines = rows_of(families), standard("input_task_norm", "pair_task_cosine")
     if quick and table is None:
-        kept = {*list(dict.fromkeys(rows.recipe))[::4]}
-        rows = rows.take([k for k, recipe in enumerate(rows.recipe) if recipe in kept])
+        rows = thinned(rows, QUICK_ROWS, seed)
     found: dict[str, Any] = {}
     for split in splits:
         folds = _folds(rows, split, seed, seeds, quick, families)

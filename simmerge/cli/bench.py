@@ -65,14 +65,11 @@ def select(
     quick: QuickOption = False,
     check: CheckOption = False,
     markdown: MarkdownOption = None,
-    workspace: Annotated[
-        Path, typer.Option("--workspace", "-w", help="Where fingerprints are kept.")
-    ] = BENCH_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
     """Choose operator and coefficients for what was held out by prediction, beside every baseline.
 
-    On the shipped table of merges, or on your own: with --table its columns are named by --features, --operator,
+    On recorded tables of merges, or on your own: with --table its columns are named by --features, --operator,
     --target and --groups.
     """
     offline()
@@ -81,7 +78,7 @@ def select(
 
     columns = columns_of(table, features or (), operator, target or (), groups or ())
     with console(stderr=True).status("comparing"):
-        result = run(workspace, splits=splits or ("checkpoint",), seed=seed, seeds=seeds, quick=quick,
+        result = run(splits=splits or ("checkpoint",), seed=seed, seeds=seeds, quick=quick,
                      families=families or ("mini",), table=table, columns=columns)  # fmt: skip
     _write(markdown, markdown_of, result)
     if as_json:

@@ -1,6 +1,6 @@
 """Ours beside the baselines of design.md section 9, on one question whose candidates are all recorded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ from simmerge.operators import form
 from simmerge.pipeline.ranking import Objective
 from simmerge.pipeline.table import ScoreTable
 from simmerge.recipe import Recipe
+from simmerge.surrogate.baselines import LEAST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +85,14 @@ def past(table: ScoreTable, names: Sequence[str], singles: Mapping[tuple[str, st
 def best_form(
     history: Sequence[tuple[Recipe, float, tuple[str, ...]]],
     inputs: int,
+    among: Collection[str],
     operators: Sequence[str] | None = None,
 ) -> str | None:
     """The operator and setting that did best in the past on merges of `inputs` checkpoints, or None.
 
     Values are compared within each set of checkpoints (minus the set's mean), so that easy sets do not count
-    for more; one-step recipes only.
+    for more; one-step recipes only, and only settings out of `among` that were tried on `LEAST` sets or, where none
+    was, on as many as any.
     """
     by_set: dict[tuple[str, ...], list[float]] = {}
     for _, value, subset in history:
@@ -97,18 +100,21 @@ def best_form(
     totals: dict[str, list[float]] = {}
     for recipe, value, subset in history:
         one_step = len(subset) == inputs and all(isinstance(i, str) for i in recipe.root.inputs)
-        if one_step and (operators is None or recipe.root.operator in operators):
-            totals.setdefault(form(recipe), []).append(value - float(np.mean(by_set[subset])))
-    ranked = sorted(totals, key=lambda f: (-float(np.mean(totals[f])), f))
+        key = form(recipe)
+        if one_step and key in among and (operators is None or recipe.root.operator in operators):
+            totals.setdefault(key, []).append(value - float(np.mean(by_set[subset])))
+    enough = min(LEAST, max(map(len, totals.values()), default=0))
+    ranked = sorted((f for f in totals if len(totals[f]) >= enough), key=lambda f: (-float(np.mean(totals[f])), f))
     return ranked[0] if ranked else None
 
 
 def fixed_lines(asked: Question, history: Sequence[tuple[Recipe, float, tuple[str, ...]]], size: int) -> list[Line]:
     """Baselines that always do the same with the checkpoints asked about: merge all of them.
 
-    Best fixed operator, tuned linear / task arithmetic and slerp, each at its best setting on past merges;
-    slerp, which takes two, is the mean over pairs. Tuned live is the best of all linear and task arithmetic
-    settings on these checkpoints, every one of them evaluated.
+    Best fixed operator, tuned linear / task arithmetic and slerp, each at its setting that did best on past merges,
+    out of those that were recorded for the checkpoints asked about too; slerp, which takes two, is the mean over
+    pairs. Tuned live is the best of all linear and task arithmetic settings on these checkpoints, every one of them
+    evaluated.
     """
     value = {r.canonical(): float(v) for r, v in zip(asked.recipes, asked.recorded, strict=True)}
     whole = [r for r in asked.recipes if len(r.root.inputs) == size and all(isinstance(i, str) for i in r.root.inputs)]
@@ -117,14 +123,14 @@ def fixed_lines(asked: Question, history: Sequence[tuple[Recipe, float, tuple[st
         ("best fixed operator", None),
         ("tuned linear / task arithmetic", ("linear", "task_arithmetic")),
     ):
-        wanted = best_form(history, size, allowed)
+        wanted = best_form(history, size, {form(r) for r in whole}, allowed)
         for recipe in [r for r in whole if form(r) == wanted][:1]:
             lines.append(asked.line(name, value[recipe.canonical()], 0, recipe))
     affine = [r for r in whole if r.root.operator in ("linear", "task_arithmetic")]
     if affine:
         best = max(affine, key=lambda r: (value[r.canonical()], r.canonical()))
         lines.append(asked.line("linear / task arithmetic tuned live", value[best.canonical()], len(affine), best))
-    wanted = best_form(history, 2, ("slerp",))
+    wanted = best_form(history, 2, {form(r) for r in asked.recipes}, ("slerp",))
     pairs = [value[r.canonical()] for r in asked.recipes if form(r) == wanted]
     if pairs:
         lines.append(asked.line("always slerp (mean over pairs)", float(np.mean(pairs)), 0))

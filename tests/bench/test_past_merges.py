@@ -76,8 +76,8 @@ def test_cells_that_are_empty_were_not_measured(tmp_path: Path) -> None:
     assert np.isnan(rows.features[:, 0]).sum() == 2
 
 
-def test_the_surrogate_finds_what_was_planted(merges: Path, tmp_path: Path) -> None:
-    result = run(tmp_path / "work", splits=("checkpoint", "task"), table=merges, columns=COLUMNS)
+def test_the_surrogate_finds_what_was_planted(merges: Path) -> None:
+    result = run(splits=("checkpoint", "task"), table=merges, columns=COLUMNS)
     for split in ("checkpoint", "task"):
         methods = result["figures"]["splits"][split]["methods"]
         assert methods["surrogate"]["regret"][1] < 0.2
@@ -128,7 +128,7 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path, content: bytes, su
 
 def test_the_command_line_runs_it(merges: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["bench", "select", "--table", str(merges), "--features", "cos", "--operator", "method", "--target", "code",
-             "--groups", "left", "--groups", "right", "-w", str(tmp_path / "work")]  # fmt: skip
+             "--groups", "left", "--groups", "right"]  # fmt: skip
     assert main([*asked, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["figures"]["rows"] == 132
     assert main([*asked, "--markdown", str(tmp_path / "a.md")]) == 0
@@ -151,8 +151,8 @@ def test_requests_that_make_no_sense_are_refused(
     assert said in capsys.readouterr().err
 
 
-def test_a_family_that_there_is_not_is_refused(tmp_path: Path) -> None:
+def test_a_family_that_there_is_not_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="family 'smal'"):
-        run(tmp_path, families=("smal",))
+        run(families=("smal",))
     with pytest.raises(UsageError, match="named once each"):
-        run(tmp_path, families=("mini", "mini"))
+        run(families=("mini", "mini"))

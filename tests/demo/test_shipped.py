@@ -9,9 +9,13 @@ from simmerge.demo import FOREIGN, HELD_OUT, skills, texts
 from simmerge.demo.materialize import materialize_tasks
 from simmerge.demo.story import random_curve, run_demo
 from simmerge.evaluate.tasks import load_tasks
+from simmerge.features.candidates import feature_names
 from simmerge.pipeline.comparing import Question
 from simmerge.pipeline.predicting import space_for
-from simmerge.pipeline.table import read_table
+from simmerge.pipeline.project import Project
+from simmerge.pipeline.ranking import extractor_for
+from simmerge.pipeline.recorded import read_rows
+from simmerge.pipeline.table import read_table, scales, training_rows
 from simmerge.rng import rng_for
 from simmerge.search.candidates import candidates
 
@@ -43,7 +47,7 @@ def test_the_table_has_every_single_checkpoint_and_enough_merges(table, tasks: P
     assert set(table.tasks) == names
     assert len(names) >= 8
     assert {(n, t) for n in ["base", *NAMES] for t in names} <= set(table.singles)
-    assert len(table.recipes) >= 1500
+    assert len(table.recipes) >= 8000
     assert all((i, t) in table.scores for i in table.ids for t in names)
 
 
@@ -126,11 +130,31 @@ def test_the_demo_is_honest(tmp_path: Path, table) -> None:
 
 
 @pytest.mark.slow
-def test_the_bench_of_selection_works(tmp_path: Path) -> None:
+def test_the_recorded_features_are_those_of_the_catalogue(tmp_path: Path, table, tasks: Path) -> None:
+    names = ("verse", "sort", "joiner")
+    with Project(tmp_path / "work") as project:
+        asked = project.add_tasks(tasks)
+        project.add_checkpoint(shipped("catalog", "base"), name="base")
+        for name in names:
+            project.add_checkpoint(shipped("catalog", name), name=name, base="base")
+        made = project.fingerprints(project.probes()).get(names)
+        scale = scales(table.singles, "base", {task.name: task.unit for task in asked}, NAMES)
+        extractor = extractor_for(made, "base", table.singles, asked, scale)
+        ours = training_rows(extractor, table, table.over(names), "base", scale)
+    recorded = read_rows(shipped("scores", "mini.rows.parquet"), feature_names())
+    assert {*recorded.recipe} == {*table.ids}
+    recorded = recorded.take([k for k, sources in enumerate(recorded.sources) if {*sources} <= {*names}])
+    assert (recorded.recipe, recorded.task) == (ours.recipe, ours.task)
+    np.testing.assert_allclose(recorded.target, ours.target, rtol=0, atol=1e-6)
+    # float32, and sums of another machine's threads
+    np.testing.assert_allclose(recorded.features, ours.features, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_bench_of_selection_works() -> None:
     from simmerge.bench.select import run
 
-    (tmp_path / "work/checkpoints").mkdir(parents=True)  # what another bench keeps there
-    result = run(tmp_path / "work", quick=True)
+    result = run(quick=True)
     assert set(result) == {"figures", "targets", "command", "commit", "machine"}
     methods = result["figures"]["splits"]["checkpoint"]["methods"]
     assert methods["oracle"]["regret"][1] == pytest.approx(0)

@@ -23,9 +23,9 @@ from simmerge.errors import (
     UnknownNameError,
     UsageError,
 )
-from simmerge.operators import RECORDED, normal_form
+from simmerge.operators import RECORDED, form, normal_form
 from simmerge.pipeline.answering import answer
-from simmerge.pipeline.comparing import Question, ends, scored_line
+from simmerge.pipeline.comparing import Question, best_form, ends, scored_line
 from simmerge.pipeline.measuring import SETTINGS, Measurer
 from simmerge.pipeline.predicting import prepare, rank_candidates, space_for, surrogate_of
 from simmerge.pipeline.project import Project
@@ -200,6 +200,22 @@ def test_lines_of_a_question_follow_their_definitions() -> None:
     worst_first = scored_line(asked, "reversed", -recorded)
     assert worst_first.value == 0.0
     assert scored_line(asked, "reversed, five tries", -recorded, 5).value == 4.0
+
+
+def test_the_best_form_is_one_that_can_be_asked_and_was_tried_often() -> None:
+    def merge(pair: str, weight: float) -> Recipe:
+        return Recipe(root=step("slerp", list(pair), None, {"t": weight}))
+
+    history: list[tuple[Recipe, float, tuple[str, ...]]] = []
+    for pair in ("ab", "bc", "cd", "de"):
+        history += [(merge(pair, t), value, tuple(pair)) for t, value in ((0.3, 0.4), (0.5, 0.6), (0.7, 0.1))]
+    history += [(merge("ab", 0.55), 2.0, ("a", "b")), (merge("ab", 0.6), 3.0, ("a", "b"))]
+    forms = {t: form(merge("xy", t)) for t in (0.3, 0.5, 0.55, 0.6, 0.7)}
+    assert best_form(history, 2, forms.values()) == forms[0.5]  # 0.55 and 0.6 were tried once
+    assert best_form(history, 2, [forms[0.3], forms[0.7]]) == forms[0.3]  # 0.5 cannot be asked
+    assert best_form(history, 2, [forms[0.55], forms[0.6]]) == forms[0.6]  # there is no other
+    assert best_form(history, 2, forms.values(), ("linear",)) is None
+    assert best_form(history, 3, forms.values()) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"no parquet", None])

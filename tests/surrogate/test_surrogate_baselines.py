@@ -68,6 +68,17 @@ def test_best_fixed_is_fair_to_a_form_that_only_hard_pairs_had() -> None:
     assert means["linear", "l3"] > means["slerp", "s5"] > means["linear", "l5"]
 
 
+def test_best_fixed_takes_the_operators_mean_for_forms_that_are_rare_or_new() -> None:
+    many = [(f"{k}{x}", "slerp", "s5", "t", 0.0, 0.5) for k in "abcd" for x in "yz"]
+    many += [(f"{k}{x}", "linear", f"{k}{x}", "t", 0.0, 0.1) for k in "abcd" for x in "yz"]
+    many[-1] = ("dz", "linear", "lucky", "t", 0.0, 0.9)
+    test = _rows([("ef", o, f, "t", 0.0, 0.0) for o, f in (("linear", "lucky"), ("linear", "new"), ("slerp", "s5"))])
+    lucky, new, common = BestFixed().fit(_rows(many), 0)(test)
+    # seven of the eight pairs lose 0.2 to their mean with linear, and one gains 0.2
+    assert lucky == new == pytest.approx(0.35 - 0.15)
+    assert common == pytest.approx(0.35 + 0.15)
+
+
 def test_best_fixed_within_operators() -> None:
     scores = BestFixed(name="always slerp", operators=("slerp",)).fit(TRAIN, 0)(TEST)
     assert scores.argmax() == 1
@@ -95,12 +106,14 @@ def test_task_identity_falls_back() -> None:
     asked = _rows(
         [
             ("cd", "slerp", "s", "t", 0.0, 0.0),  # seen together
+            ("cd", "slerp", "x", "u", 0.0, 0.0),  # task and operator
             ("cd", "linear", "l", "u", 0.0, 0.0),  # form only
+            ("cd", "linear", "x", "u", 0.0, 0.0),  # operator only
             ("cd", "ties", "x", "u", 0.0, 0.0),  # task only
             ("cd", "ties", "y", "v", 0.0, 0.0),  # nothing
         ]
     )
-    assert TaskIdentity().fit(rows, 0)(asked).tolist() == [1.0, 5.0, 3.0, 3.0]
+    assert TaskIdentity().fit(rows, 0)(asked).tolist() == [1.0, 3.0, 5.0, 5.0, 3.0, 3.0]
 
 
 def test_random_choice_depends_on_seed_and_recipe_alone() -> None:
