@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]  # ships no types
 
+from simmerge.bench.figure import Line, panels
 from simmerge.bench.races import FIELD, regrets
 from simmerge.bench.result import Target, report
 from simmerge.data import shipped
@@ -204,21 +205,10 @@ def _named(curves: Sequence[Curve], name: str) -> Curve:
 
 def _figure(curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
     """Error against items, one panel for each kind of task."""
-    data: list[dict[str, Any]] = []
-    layout: dict[str, Any] = {"template": "plotly_white", "legend": {"orientation": "h", "y": -0.25}}
-    for k, (kind, found) in enumerate(curves.items(), 1):
-        axis = "" if k == 1 else str(k)
-        for curve in found:
-            data.append(
-                {
-                    "type": "scatter", "mode": "lines+markers", "name": curve.name, "legendgroup": curve.name,
-                    "showlegend": k == 1, "x": list(curve.errors), "y": list(curve.errors.values()),
-                    "xaxis": f"x{axis}", "yaxis": f"y{axis}",
-                    "line": {"dash": "solid" if curve.name.startswith(OURS) else "dot"},
-                }
-            )  # fmt: skip
-        left, right = (k - 1) / len(curves) + 0.04 * (k > 1), k / len(curves) - 0.04
-        layout[f"xaxis{axis}"] = {"title": {"text": f"items asked ({kind})"}, "type": "log", "domain": [left, right],
-                                  "anchor": f"y{axis}"}  # fmt: skip
-        layout[f"yaxis{axis}"] = {"title": {"text": "error" if k == 1 else ""}, "type": "log", "anchor": f"x{axis}"}
-    return {"data": data, "layout": layout}
+    lines = {
+        f"items asked ({kind})": [
+            Line(name=c.name, x=list(c.errors), y=list(c.errors.values()), ours=c.name.startswith(OURS)) for c in found
+        ]
+        for kind, found in curves.items()
+    }
+    return panels(lines, "error")

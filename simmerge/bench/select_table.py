@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from simmerge.bench.figure import Line, panels
+
 _HEAD = ("method", "regret, first choice", "95 %")
 _REST = ("Spearman, all", "Spearman, in a set", "NDCG", "operator right", "in interval")
 
@@ -33,6 +35,23 @@ def markdown_of(result: Mapping[str, Any]) -> str:
         verdict = "holds" if target["holds"] else "does not hold"
         parts.append(f"{target['name']}: {target['value']:.3f} ({target['target']}), {verdict}.")
     return "\n\n".join(parts) + "\n"
+
+
+def figure_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Regret against full evaluations, one panel for each split, as a plotly specification."""
+    return panels(
+        {
+            f"full evaluations, {split} held out": [
+                Line(name=name, x=[int(k) for k in method["regret"]], y=list(method["regret"].values()),
+                     ours=name == "surrogate")
+                for name, method in found["methods"].items()
+                if name != "oracle"
+            ]
+            for split, found in result["figures"]["splits"].items()
+        },
+        "normalised regret",
+        scale="linear",
+    )  # fmt: skip
 
 
 def _first(found: Mapping[str, Any]) -> Mapping[str, Any]:

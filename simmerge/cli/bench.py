@@ -1,5 +1,6 @@
 """`simmerge bench`: the benchmarks of this project."""
 
+import json
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,9 @@ def select(
     quick: QuickOption = False,
     check: CheckOption = False,
     markdown: MarkdownOption = None,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", help="Write the graph to this file, as plotly's JSON.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose operator and coefficients for what was held out by prediction, beside every baseline.
@@ -74,13 +78,14 @@ def select(
     """
     offline()
     from simmerge.bench.select import columns_of, run
-    from simmerge.bench.select_table import cells, head, markdown_of
+    from simmerge.bench.select_table import cells, figure_of, head, markdown_of
 
     columns = columns_of(table, features or (), operator, target or (), groups or ())
     with console(stderr=True).status("comparing"):
         result = run(splits=splits or ("checkpoint",), seed=seed, seeds=seeds, quick=quick,
                      families=families or ("mini",), table=table, columns=columns)  # fmt: skip
     _write(markdown, markdown_of, result)
+    _write(figure, lambda found: json.dumps(figure_of(found)), result)
     if as_json:
         print_json(result)
     else:
@@ -294,12 +299,12 @@ def scale(
     _check(result, check)
 
 
-def _write(path: Path | None, markdown_of: Callable[[Mapping[str, Any]], str], result: Mapping[str, Any]) -> None:
-    """The result as Markdown, where a file was asked for."""
+def _write(path: Path | None, text_of: Callable[[Mapping[str, Any]], str], result: Mapping[str, Any]) -> None:
+    """The result as text, where a file was asked for."""
     from simmerge.files import write_atomic
 
     if path is not None:
-        write_atomic(path, markdown_of(result))
+        write_atomic(path, text_of(result))
 
 
 def _print_plain(result: Mapping[str, Any], as_json: bool) -> None:

@@ -129,8 +129,15 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path, content: bytes, su
 def test_the_command_line_runs_it(merges: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["bench", "select", "--table", str(merges), "--features", "cos", "--operator", "method", "--target", "code",
              "--groups", "left", "--groups", "right"]  # fmt: skip
-    assert main([*asked, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["figures"]["rows"] == 132
+    assert main([*asked, "--json", "--figure", str(tmp_path / "a.json")]) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert figures["rows"] == 132
+    found = figures["splits"]["checkpoint"]["methods"]
+    drawn = json.loads((tmp_path / "a.json").read_text())
+    lines = {line["name"]: line for line in drawn["data"]}
+    assert {*lines} == {*found} - {"oracle"}
+    assert lines["surrogate"]["x"] == [1, 3, 5, 10, 20]
+    assert lines["surrogate"]["y"] == [found["surrogate"]["regret"][str(k)] for k in lines["surrogate"]["x"]]
     assert main([*asked, "--markdown", str(tmp_path / "a.md")]) == 0
     assert "best fixed form" in capsys.readouterr().out
     assert "| surrogate |" in (tmp_path / "a.md").read_text()
