@@ -226,7 +226,7 @@ def test_evaluate_prints_scores_comparisons_and_items(filled: Cli, tmp_path: Pat
     assert pair["low"] <= pair["difference"] <= pair["high"]
     rows = [json.loads(line) for line in items.read_text().splitlines()]
     assert len(rows) == 12
-    assert {"subject", "id", "task", "split", "item", "value", "weight", "nll"} == set(rows[0])
+    assert {"subject", "id", "task", "split", "item", "value", "weight", "nll", "tokens", "truncated"} == set(rows[0])
     out, _ = filled(*asked)
     assert "minus bits per byte" in out
     assert "0 items answered now, 12 read from the ledger" in out
