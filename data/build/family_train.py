@@ -1,5 +1,6 @@
 """Tokenizer, base and experts of the further families."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -50,10 +51,14 @@ def training_texts(family: Family, cache: Path, domain: str) -> list[str]:
 
 
 def stream(family: Family, cache: Path, work: Path, name: str) -> np.ndarray:
-    """Tokens of a domain or of skills, shape (tokens,), uint16, documents begun by token 0; kept in `work`."""
-    path = work / "tokens" / f"{name}.npy"
+    """Tokens of a domain or of skills, shape (tokens,), uint16, documents begun by token 0; kept in `work`.
+
+    Kept by the tokenizer's digest: ids of another tokenizer would train a model that reads nothing.
+    """
+    tokenizer = work / "tokenizer/tokenizer.json"
+    path = work / "tokens" / hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16] / f"{name}.npy"
     if not path.exists():
-        fast = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
+        fast = Tokenizer.from_file(str(tokenizer))
         if name.startswith("skills"):
             only = tuple(name.split(":")[1:])
             rng = rng_for(0, family.name, name)
