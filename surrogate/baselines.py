@@ -106,10 +106,8 @@ def _gains(rows: TrainingRows, groups: Sequence[_Group]) -> dict[_Group, float]:
     problem, _ = rows.problems()
     cell, cells = codes(list(zip(problem.tolist(), rows.task, strict=True)))
     centred = rows.target - group_mean(rows.target, cell, len(cells))[cell]
-    code, distinct = codes(groups)
     overall = float(np.sum(rows.weight * rows.target) / np.sum(rows.weight))
-    means = group_mean(centred, code, len(distinct), rows.weight) + overall
-    return {key: float(value) for key, value in zip(distinct, means, strict=True) if np.isfinite(value)}
+    return {key: value + overall for key, value in _means(groups, centred, rows.weight).items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +179,8 @@ class TaskIdentity:
             lambda _, form: form[0],
             lambda task, _: task,
         )
-        means = [_means([key(t, f) for t, f in zip(rows.task, forms, strict=True)], rows) for key in keys]
+        pairs = list(zip(rows.task, forms, strict=True))
+        means = [_means([key(*pair) for pair in pairs], rows.target, rows.weight) for key in keys]
 
         def of(task: str, form: tuple[str, str]) -> float:
             for key, known in zip(keys, means, strict=True):
@@ -232,9 +231,10 @@ def without_features() -> tuple[Method, ...]:
     return tuple(method for method in standard("", "") if not isinstance(method, OneFeature))
 
 
-def _means(keys: Sequence[Hashable], rows: TrainingRows) -> dict[Hashable, float]:
-    code, distinct = codes(keys)
-    means = group_mean(rows.target, code, len(distinct), rows.weight)
+def _means(groups: Sequence[_Group], values: Floats, weight: Floats) -> dict[_Group, float]:
+    """Weighted mean of each group's values; a group without weight is left out."""
+    code, distinct = codes(groups)
+    means = group_mean(values, code, len(distinct), weight)
     return {key: float(value) for key, value in zip(distinct, means, strict=True) if np.isfinite(value)}
 
 
