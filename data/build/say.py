@@ -10,7 +10,7 @@ at least 0.3; on *all tasks* the mean over all. A set is what was merged, whatev
 import argparse
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,10 @@ from simmerge.recipe import Recipe
 OWN = 0.3
 LEAST = 8
 """Operators that a set of two must have been merged by to count in comparisons of operators."""
+COMMON = 0.8
+"""Share of the pairs that an operator must have merged to be a fixed choice."""
 Sets = Mapping[tuple[str, ...], list[int]]
+Pairs = list[dict[str, list[float]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,24 +111,33 @@ def operators(found: Values) -> str:
 
 
 def headroom(found: Values) -> str:
-    """What choosing is worth over the best fixed choice, for pairs."""
+    """What choosing is worth over the best fixed choice: means over the pairs that have the operator."""
     rows: list[tuple[object, ...]] = []
     for what, value in (("own tasks", found.own), ("all tasks", found.every)):
         pairs = compared(found, value)
-        names = sorted({name for pair in pairs for name in pair})
-        whole = [name for name in names if all(name in pair for pair in pairs)]
-        mean = {name: float(np.mean([np.mean(pair[name]) for pair in pairs])) for name in whole}
-        best = {name: float(np.mean([max(pair[name]) for pair in pairs])) for name in whole}
-        fixed, tuned = max(mean, key=lambda o: mean[o]), max(best, key=lambda o: best[o])
-        oracle = float(np.mean([max(max(v) for v in pair.values()) for pair in pairs]))
+        common = [
+            name for name, count in Counter(n for pair in pairs for n in pair).items() if count >= COMMON * len(pairs)
+        ]
+        best = [max(max(v) for v in pair.values()) for pair in pairs]
+
+        def lost(
+            name: str, of: Callable[[list[float]], float], pairs: Pairs = pairs, best: list[float] = best
+        ) -> float:
+            return float(np.mean([top - of(pair[name]) for pair, top in zip(pairs, best, strict=True) if name in pair]))
+
+        gaps = {name: (lost(name, _mean), lost(name, max)) for name in sorted(common)}
+        fixed, tuned = min(gaps, key=lambda o: gaps[o][0]), min(gaps, key=lambda o: gaps[o][1])
         random = float(np.mean([np.mean([x for v in pair.values() for x in v]) for pair in pairs]))
-        rows.append((what, len(pairs), f"{random:.3f}", f"{mean[fixed]:.3f} (`{fixed}`)",
-                     f"{best[tuned]:.3f} (`{tuned}`)", f"{oracle:.3f}", f"{oracle - mean[fixed]:.3f}",
-                     f"{oracle - best[tuned]:.3f}"))  # fmt: skip
-    head = ("value", "pairs", "a merge at random", "best fixed operator, a setting at random",
-            "best fixed operator, its best setting", "best merge (oracle)", "oracle - fixed",
-            "oracle - fixed, tuned")  # fmt: skip
+        rows.append((what, len(pairs), f"{random:.3f}", f"{np.mean(best):.3f}", f"{gaps[fixed][0]:.3f} (`{fixed}`)",
+                     f"{gaps[tuned][1]:.3f} (`{tuned}`)"))  # fmt: skip
+    head = ("value", "pairs", "a merge at random", "best merge (oracle)",
+            "oracle - best fixed operator, a setting at random",
+            "oracle - best fixed operator, its best setting")  # fmt: skip
     return rows_of(head, rows)
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values))
 
 
 def sizes(found: Values) -> str:
