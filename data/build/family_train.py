@@ -1,6 +1,5 @@
 """Tokenizer, base and experts of the further families."""
 
-import hashlib
 import itertools
 import json
 import math
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
+from simmerge.checkpoint.checkpoint import tokenizer_digest
 from simmerge.rng import rng_for
 
 SAVED_EVERY = 250
@@ -55,10 +55,12 @@ def stream(family: Family, cache: Path, work: Path, name: str) -> np.ndarray:
 
     Kept by the tokenizer's digest: ids of another tokenizer would train a model that reads nothing.
     """
-    tokenizer = work / "tokenizer/tokenizer.json"
-    path = work / "tokens" / hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16] / f"{name}.npy"
+    digest = tokenizer_digest(work / "tokenizer")
+    if digest is None:
+        raise SystemExit(f"'{work}' has no tokenizer; first: python data/build/family.py {family.name} tokenizer")
+    path = work / "tokens" / digest[:16] / f"{name}.npy"
     if not path.exists():
-        fast = Tokenizer.from_file(str(tokenizer))
+        fast = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
         if name.startswith("skills"):
             only = tuple(name.split(":")[1:])
             rng = rng_for(0, family.name, name)

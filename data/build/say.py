@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from facts import rows_of
@@ -39,6 +40,7 @@ class Values:
     Attributes:
         recipes: in the table's order.
         gains: `(recipes, tasks)`.
+        singles: gains of each checkpoint, `(tasks,)`.
         own: mean gain on own tasks, NaN for merges of checkpoints without any.
         every: mean gain on all tasks.
         sets: indices of recipes by the sorted names that they merge.
@@ -47,6 +49,7 @@ class Values:
     table: ScoreTable
     recipes: Sequence[Recipe]
     gains: np.ndarray
+    singles: Mapping[str, np.ndarray]
     own: np.ndarray
     every: np.ndarray
     sets: Sets
@@ -58,7 +61,7 @@ def read(path: Path, base: str = "base") -> Values:
     names = sorted({name for name, _ in table.singles})
     units = {task: "bits per byte" if task.startswith("text_") else "accuracy" for task in table.tasks}
     scale = scales(table.singles, base, units, names)
-    single = {
+    singles = {
         name: np.array([(table.singles[name, t] - table.singles[base, t]) / scale[t] for t in table.tasks])
         for name in names
     }
@@ -70,19 +73,21 @@ def read(path: Path, base: str = "base") -> Values:
     for k, recipe in enumerate(table.recipes):
         sources = tuple(sorted({*recipe.sources()}))
         sets[sources].append(k)
-        mine = np.max([single[name] for name in sources], axis=0) >= OWN
+        mine = np.max([singles[name] for name in sources], axis=0) >= OWN
         if mine.any():
             own[k] = gains[k, mine].mean()
-    return Values(table=table, recipes=table.recipes, gains=gains, own=own, every=gains.mean(axis=1), sets=sets)
+    return Values(
+        table=table, recipes=table.recipes, gains=gains, singles=singles, own=own, every=gains.mean(axis=1), sets=sets
+    )
 
 
 def _operator(recipe: Recipe) -> str:
     return recipe.root.operator
 
 
-def compared(found: Values, value: np.ndarray) -> list[dict[str, list[float]]]:
+def compared(found: Values, value: np.ndarray) -> Pairs:
     """For every well-measured pair: values by operator."""
-    pairs: list[dict[str, list[float]]] = []
+    pairs: Pairs = []
     for names, index in found.sets.items():
         by: dict[str, list[float]] = defaultdict(list)
         for k in index:
@@ -115,29 +120,26 @@ def headroom(found: Values) -> str:
     rows: list[tuple[object, ...]] = []
     for what, value in (("own tasks", found.own), ("all tasks", found.every)):
         pairs = compared(found, value)
-        common = [
-            name for name, count in Counter(n for pair in pairs for n in pair).items() if count >= COMMON * len(pairs)
-        ]
-        best = [max(max(v) for v in pair.values()) for pair in pairs]
-
-        def lost(
-            name: str, of: Callable[[list[float]], float], pairs: Pairs = pairs, best: list[float] = best
-        ) -> float:
-            return float(np.mean([top - of(pair[name]) for pair, top in zip(pairs, best, strict=True) if name in pair]))
-
-        gaps = {name: (lost(name, _mean), lost(name, max)) for name in sorted(common)}
-        fixed, tuned = min(gaps, key=lambda o: gaps[o][0]), min(gaps, key=lambda o: gaps[o][1])
+        measured = Counter(name for pair in pairs for name in pair)
+        common = sorted(name for name, count in measured.items() if count >= COMMON * len(pairs))
+        plain, tuned = (min((_lost(pairs, name, of), name) for name in common) for of in (np.mean, max))
+        best = [_best(pair) for pair in pairs]
         random = float(np.mean([np.mean([x for v in pair.values() for x in v]) for pair in pairs]))
-        rows.append((what, len(pairs), f"{random:.3f}", f"{np.mean(best):.3f}", f"{gaps[fixed][0]:.3f} (`{fixed}`)",
-                     f"{gaps[tuned][1]:.3f} (`{tuned}`)"))  # fmt: skip
+        gaps = (f"{gap:.3f} (`{name}`)" for gap, name in (plain, tuned))
+        rows.append((what, len(pairs), f"{random:.3f}", f"{np.mean(best):.3f}", *gaps))
     head = ("value", "pairs", "a merge at random", "best merge (oracle)",
             "oracle - best fixed operator, a setting at random",
             "oracle - best fixed operator, its best setting")  # fmt: skip
     return rows_of(head, rows)
 
 
-def _mean(values: list[float]) -> float:
-    return float(np.mean(values))
+def _lost(pairs: Pairs, name: str, of: Callable[[list[float]], Any]) -> float:
+    """What an operator loses against the best merge: mean over the pairs that have it, its value there being `of`."""
+    return float(np.mean([_best(pair) - of(pair[name]) for pair in pairs if name in pair]))
+
+
+def _best(pair: Mapping[str, list[float]]) -> float:
+    return max(max(values) for values in pair.values())
 
 
 def sizes(found: Values) -> str:
@@ -175,13 +177,11 @@ def order(found: Values) -> str:
 
 def kept(found: Values) -> str:
     """The regime: how much of its parents' gains the best merge of a pair keeps."""
-    table, shares = found.table, list[float]()
-    units = {task: "bits per byte" if task.startswith("text_") else "accuracy" for task in table.tasks}
-    scale = scales(table.singles, "base", units, sorted({name for name, _ in table.singles}))
+    shares: list[float] = []
     for names, index in found.sets.items():
         parts: list[np.ndarray] = []
         for name in names:
-            gain = np.array([(table.singles[name, t] - table.singles["base", t]) / scale[t] for t in table.tasks])
+            gain = found.singles[name]
             mine = gain >= OWN
             if mine.any():
                 parts.append((found.gains[index][:, mine] / gain[mine]).mean(axis=1))
