@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from simmerge.data import shipped
@@ -15,7 +16,7 @@ from simmerge.pipeline.predicting import space_for
 from simmerge.pipeline.project import Project
 from simmerge.pipeline.ranking import extractor_for
 from simmerge.pipeline.recorded import read_rows
-from simmerge.pipeline.table import read_table, scales, training_rows
+from simmerge.pipeline.table import LOWEST, read_table, scales, training_rows
 from simmerge.rng import rng_for
 from simmerge.search.candidates import candidates
 
@@ -148,6 +149,34 @@ def test_the_recorded_features_are_those_of_the_catalogue(tmp_path: Path, table,
     np.testing.assert_allclose(recorded.target, ours.target, rtol=0, atol=1e-6)
     # float32, and sums of another machine's threads
     np.testing.assert_allclose(recorded.features, ours.features, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "least"), [("mini", 8000), ("small", 2000)])
+def test_a_recorded_table_and_its_rows_say_the_same(family: str, least: int) -> None:
+    recorded = read_table(shipped("scores", f"{family}.parquet"))
+    rows = read_rows(shipped("scores", f"{family}.rows.parquet"), feature_names())
+    assert len(recorded.recipes) >= least
+    assert {*rows.recipe} == {*recorded.ids}
+    assert len(rows.target) == len(recorded.ids) * len(recorded.tasks)
+    names = sorted({name for name, _ in recorded.singles} - {"base"})
+    units = {task: "bits per byte" if task.startswith("text_") else "accuracy" for task in recorded.tasks}
+    scale = scales(recorded.singles, "base", units, names)
+    gains = [
+        (recorded.scores[key, task] - recorded.singles["base", task]) / scale[task]
+        for key, task in zip(rows.recipe, rows.task, strict=True)
+    ]
+    np.testing.assert_allclose(rows.target, np.maximum(gains, LOWEST), atol=1e-6)
+    assert np.isfinite([recorded.stderr[key, task] for key in recorded.ids for task in recorded.tasks]).all()
+    assert {name for sources in rows.sources for name in sources} == {*names}
+
+
+def test_the_second_family_is_that_of_its_facts() -> None:
+    facts = json.loads(shipped("scores", "small.json").read_text())
+    table = pq.read_table(shipped("scores", "small.parquet")).to_pylist()
+    digests = {row["sources"][0]: row["subject"] for row in table if row["kind"] == "checkpoint"}
+    assert digests == {name: fact["digest"] for name, fact in facts["checkpoints"].items()}
+    tasks = {row["task"]: row["task_digest"] for row in table}
+    assert tasks == {name: fact["digest"] for name, fact in facts["tasks"].items()}
 
 
 @pytest.mark.slow
