@@ -6,7 +6,7 @@
     python data/build/family.py NAME experts      every expert that is not there yet
     python data/build/family.py NAME tasks        items of every task, into --work
     python data/build/family.py NAME measure      scores of the plan's recipes; resumable, --part K/N for N processes
-    python data/build/family.py NAME export       data/scores/NAME.parquet, NAME.features.parquet and NAME.json
+    python data/build/family.py NAME export       data/scores/NAME.parquet, NAME.rows.parquet and NAME.json
 
 Checkpoints and texts stay in --work and --cache: they are rebuilt by these commands, and NAME.json has their
 digests. Everything is drawn from `rng_for`, and no plan depends on a score.
